@@ -1,0 +1,94 @@
+"""Every exception and warning that steadynorm raises on purpose, on one screen.
+
+    SteadynormError
+    ├── ArgumentError (ValueError)          a value that cannot be used
+    │   ├── ShapeError                      the sizes of the tensors do not fit together
+    │   │   └── SingleValueError            a training batch with one value per channel
+    │   ├── WeightError                     a negative or non-finite sample weight
+    │   └── UnknownActivationError          an activation that cannot be fused
+    ├── DtypeError (TypeError)              a dtype that has no batch statistics, or a mixture of them
+    ├── DeviceError (ValueError)            tensors on different devices
+    ├── BackendError (RuntimeError)         a backend asked for by name that is not there
+    ├── DataError (ValueError)              a file or data set that cannot be read as asked
+    ├── ModelError (ValueError)             a model, factory or saved model that cannot be used as asked
+    └── MissingDependencyError (ImportError)  an optional extra that is not installed
+
+    SteadynormWarning (UserWarning)
+    └── RejectedBatchWarning                a batch whose statistics were kept out of the running ones
+
+A message says what was required, what arrived, and what to do about it. Each error also is the built-in (or torch's)
+kind that a caller would have caught before, so `except ValueError` around a layer goes on working.
+"""
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "DataError",
+    "DeviceError",
+    "DtypeError",
+    "MissingDependencyError",
+    "ModelError",
+    "RejectedBatchWarning",
+    "ShapeError",
+    "SingleValueError",
+    "SteadynormError",
+    "SteadynormWarning",
+    "UnknownActivationError",
+    "WeightError",
+]
+
+
+class SteadynormError(Exception):
+    """The root: catches whatever this package raises on purpose."""
+
+
+class ArgumentError(SteadynormError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class ShapeError(ArgumentError):
+    """The sizes of the tensors do not fit together."""
+
+
+class SingleValueError(ShapeError):
+    """A training batch holds one value per channel, so it has no variance to normalise by."""
+
+
+class WeightError(ArgumentError):
+    """A sample weight is negative or not finite."""
+
+
+class UnknownActivationError(ArgumentError):
+    """The activation is none of those that can be fused into the layer."""
+
+
+class DtypeError(SteadynormError, TypeError):
+    """A dtype that has no batch statistics, or tensors of dtypes that do not go together."""
+
+
+class DeviceError(SteadynormError, ValueError):
+    """Tensors that must be on one device are on several."""
+
+
+class BackendError(SteadynormError, RuntimeError):
+    """A backend was asked for by name and is not available here."""
+
+
+class DataError(SteadynormError, ValueError):
+    """A file or data set cannot be read as asked."""
+
+
+class ModelError(SteadynormError, ValueError):
+    """A model, a model factory or a saved model cannot be used as asked."""
+
+
+class MissingDependencyError(SteadynormError, ImportError):
+    """An optional dependency is needed and not installed; the message names the extra that brings it."""
+
+
+class SteadynormWarning(UserWarning):
+    """The root of this package's warnings."""
+
+
+class RejectedBatchWarning(SteadynormWarning):
+    """A batch was not finite (or too wide for the buffer), so the running statistics stayed as they were."""
