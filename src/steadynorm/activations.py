@@ -24,10 +24,6 @@ _SELU_SCALE: Final = 1.0507009873554804934193349852946
 _Value = Callable[..., Tensor]
 
 
-def _step(condition: Tensor, like: Tensor) -> Tensor:
-    return condition.to(like.dtype)
-
-
 def _d_elu(z: Tensor, alpha: float) -> Tensor:
     return (alpha * torch.exp(z.clamp(max=0))).masked_fill(z > 0, 1.0)
 
@@ -73,6 +69,10 @@ def _softplus(z: Tensor, beta: float, threshold: float) -> Tensor:
     return F.softplus(z, beta, threshold)
 
 
+def _d_softplus(z: Tensor, beta: float, threshold: float) -> Tensor:
+    return torch.sigmoid(beta * z).masked_fill(beta * z > threshold, 1.0)
+
+
 @dataclass(frozen=True)
 class _Formula:
     value: _Value
@@ -80,22 +80,54 @@ class _Formula:
     defaults: tuple[float, ...] = ()
 
 
-# torch's own hardswish and hardsigmoid hold 1/6 in float32 even for float64 input, hence the spelled-out values.
+def _d_relu(z: Tensor) -> Tensor:
+    return (z > 0).to(z.dtype)
+
+
+def _d_relu6(z: Tensor) -> Tensor:
+    return ((z > 0) & (z < 6)).to(z.dtype)
+
+
+def _d_leaky_relu(z: Tensor, slope: float) -> Tensor:
+    return torch.full_like(z, slope).masked_fill(z > 0, 1.0)
+
+
+# torch's own hardswish and hardsigmoid hold 1/6 in float32 even for float64 input, hence their spelled-out values.
+def _hardswish(z: Tensor) -> Tensor:
+    return z * F.relu6(z + 3) / 6
+
+
+def _d_hardswish(z: Tensor) -> Tensor:
+    return torch.where(z.abs() < 3, z / 3 + 0.5, (z >= 3).to(z.dtype))
+
+
+def _hardsigmoid(z: Tensor) -> Tensor:
+    return F.relu6(z + 3) / 6
+
+
+def _d_hardsigmoid(z: Tensor) -> Tensor:
+    return (z.abs() < 3).to(z.dtype) / 6
+
+
+def _d_tanh(z: Tensor) -> Tensor:
+    return 1 - torch.tanh(z) ** 2
+
+
 _FORMULAS: Final[dict[str, _Formula]] = {
-    "relu": _Formula(F.relu, lambda z: _step(z > 0, z)),
-    "relu6": _Formula(F.relu6, lambda z: _step((z > 0) & (z < 6), z)),
-    "leaky_relu": _Formula(F.leaky_relu, lambda z, slope: torch.full_like(z, slope).masked_fill(z > 0, 1.0), (0.01,)),
+    "relu": _Formula(F.relu, _d_relu),
+    "relu6": _Formula(F.relu6, _d_relu6),
+    "leaky_relu": _Formula(F.leaky_relu, _d_leaky_relu, (0.01,)),
     "elu": _Formula(F.elu, _d_elu, (1.0,)),
     "selu": _Formula(F.selu, _d_selu),
     "celu": _Formula(F.celu, _d_celu, (1.0,)),
     "silu": _Formula(F.silu, _d_silu),
     "gelu": _Formula(F.gelu, _d_gelu),
     "gelu_tanh": _Formula(_gelu_tanh, _d_gelu_tanh),
-    "hardswish": _Formula(lambda z: z * F.relu6(z + 3) / 6, lambda z: torch.where(z.abs() < 3, z / 3 + 0.5, _step(z >= 3, z))),
-    "hardsigmoid": _Formula(lambda z: F.relu6(z + 3) / 6, lambda z: _step(z.abs() < 3, z) / 6),
+    "hardswish": _Formula(_hardswish, _d_hardswish),
+    "hardsigmoid": _Formula(_hardsigmoid, _d_hardsigmoid),
     "sigmoid": _Formula(torch.sigmoid, _d_sigmoid),
-    "tanh": _Formula(torch.tanh, lambda z: 1 - torch.tanh(z) ** 2),
-    "softplus": _Formula(_softplus, lambda z, beta, threshold: torch.sigmoid(beta * z), (1.0, 20.0)),
+    "tanh": _Formula(torch.tanh, _d_tanh),
+    "softplus": _Formula(_softplus, _d_softplus, (1.0, 20.0)),
     "mish": _Formula(F.mish, _d_mish),
 }
 
@@ -162,7 +194,7 @@ def _from_module(module: nn.Module) -> Activation | None:
         case nn.GELU():
             return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
         case _:
-            plain = {
+            plain: dict[type[nn.Module], str] = {
                 nn.ReLU: "relu",
                 nn.ReLU6: "relu6",
                 nn.SELU: "selu",
@@ -200,7 +232,7 @@ def resolve(activation: ActivationLike) -> Activation | None:
         return activation
     if isinstance(activation, str):
         return Activation(activation.lower())
-    found = _from_module(activation) if isinstance(activation, nn.Module) else None
+    found = _from_module(activation) if isinstance(activation, nn.Module) else None  # pyright: ignore[reportUnnecessaryIsInstance]
     if found is None:
         raise UnknownActivationError(
             f"activation must be a name ({', '.join(NAMES)}), the torch.nn module of one, or None; "

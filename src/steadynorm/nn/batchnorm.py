@@ -1,0 +1,96 @@
+"""BatchNorm1d, BatchNorm2d, BatchNorm3d."""
+
+from torch import nn
+
+from steadynorm.nn.base import BatchNorm
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
+    """Batch normalization of features: input (N, C) or (N, C, L).
+
+        training      y = f(γ (x - μ_B) / sqrt(σ²_B + ε) + β + residual)    μ_B, σ²_B: the batch's, biased variance
+                      r <- (1 - momentum) r + momentum m                     m: the batch's, unbiased variance
+        evaluation    the same with the running statistics r: one example alone gets what it gets in any batch
+
+    A subclass of `torch.nn.BatchNorm1d` with its arguments and its state_dict, so that optimisers, checkpoints and
+    `isinstance` checks go on working. Statistics are taken in float64; the running ones stay in float32 at least, also
+    after `.half()`; a batch whose statistics are not finite is counted (`rejected_batches`) and not committed.
+
+    Args:
+        num_features: C.
+        eps: ε, added to the variance.
+        momentum: The share of the new batch in the running statistics; None for the cumulative average of all batches.
+        affine: Learn γ (`weight`, starts at 1) and β (`bias`, starts at 0).
+        track_running_stats: Keep running statistics; without them evaluation uses the batch's own.
+        device: Of the parameters and buffers.
+        dtype: Of the parameters; the buffers' too, float32 at least.
+        bias: With `affine`, whether to learn β.
+        activation: f, fused into the layer: a name (`"relu"`, `"elu"`, ...; see `steadynorm.activations.NAMES`) or the
+            `torch.nn` module with its parameters; None for the identity.
+        channel_dim: The axis of the channels; -1 for channels last.
+        single_value: What a training batch of one value per channel gets: `"error"` raises SingleValueError;
+            `"running"` normalises it by the running statistics; `"beta"` takes its variance for 0, so y = f(β +
+            residual). It is never committed: one value has no variance.
+
+    `forward` takes, beside the input:
+
+    - `residual`: added after the affine map and before the activation; the input's shape.
+    - `mask`: boolean, broadcastable to the positions from the batch axis on; False leaves a position out of the
+      statistics and sets its output and gradient to 0.
+    - `sample_weight`: weights >= 0, broadcastable likewise.
+
+    Raises:
+        SingleValueError: See `single_value`.
+        ShapeError, DtypeError, DeviceError, WeightError: The input does not fit the layer.
+
+    Source:
+        Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate
+        Shift" (2015).
+
+    Example:
+        >>> import torch
+        >>> layer = BatchNorm1d(1, momentum=1.0)
+        >>> y = layer(torch.tensor([[3.0], [5.0], [8.0], [9.0], [11.0], [24.0]]))
+        >>> layer.running_mean.item(), round(layer.running_var.item(), 4)     # the unbiased variance is remembered
+        (10.0, 55.2)
+        >>> one = layer.eval()(torch.tensor([[24.0]]))                        # one example on its own
+        >>> round(one.item(), 4)
+        1.8843
+    """
+
+    _dims = (2, 3)
+    _shape = "(N, C) or (N, C, L)"
+
+
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    """Batch normalization of image channels: input (N, C, H, W), contiguous or channels_last.
+
+    Statistics per channel over N, H and W. Formula, arguments and behaviour as in `BatchNorm1d`.
+
+    Example:
+        >>> import torch
+        >>> layer = BatchNorm2d(8, activation="relu")
+        >>> x, shortcut = torch.randn(4, 8, 5, 5), torch.randn(4, 8, 5, 5)
+        >>> layer(x, residual=shortcut).shape
+        torch.Size([4, 8, 5, 5])
+    """
+
+    _dims = (4,)
+    _shape = "(N, C, H, W)"
+
+
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    """Batch normalization of volume channels: input (N, C, D, H, W).
+
+    Statistics per channel over N, D, H and W. Formula, arguments and behaviour as in `BatchNorm1d`.
+
+    Example:
+        >>> import torch
+        >>> BatchNorm3d(3)
+        BatchNorm3d(3, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+
+    _dims = (5,)
+    _shape = "(N, C, D, H, W)"
