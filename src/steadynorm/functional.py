@@ -88,7 +88,7 @@ def batch_norm(
         mask=mask, sample_weight=sample_weight, channel_dim=channel_dim, several_values=True,
     )  # fmt: skip
     if statistics is not None and running_mean is not None and running_var is not None:
-        warn_if(commit(running_mean, running_var, statistics, momentum), "")
+        warn_if(commit(running_mean, running_var, statistics, momentum), "batch_norm")
     return y
 
 
@@ -193,11 +193,11 @@ def require_several_values(x: Tensor, layout: Layout, what: str = "batch_norm", 
         )
 
 
-def warn_if(refused: Tensor | bool, where: str) -> None:
+def warn_if(refused: Tensor | bool, where: object) -> None:
     """Says that a batch was kept out of the running statistics, where that can be read without waiting for a device."""
     if refused is True:
         warnings.warn(
-            f"{where}a batch with non-finite statistics (or a variance too large for the buffer's dtype) was not "
+            f"{where}: a batch with non-finite statistics (or a variance too large for the buffer's dtype) was not "
             "committed: the running statistics stay as they were. Look for inf or NaN in the layer's input.",
             RejectedBatchWarning,
             stacklevel=3,

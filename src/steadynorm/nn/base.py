@@ -96,7 +96,7 @@ class BatchNorm(TorchBatchNorm):
             refused = commit(
                 self.running_mean, self.running_var, statistics, self.momentum, self.num_batches_tracked, self._rejected
             )
-            warn_if(refused, f"{self}: ")
+            warn_if(refused, self)
         return y
 
     @property
