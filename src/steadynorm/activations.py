@@ -7,7 +7,7 @@ can be chosen by it. What it computes is written here once, in plain torch.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -183,30 +183,28 @@ class Activation:
         return f"{self.name}({', '.join(f'{p:g}' for p in self.params)})" if self.params else self.name
 
 
-def _from_module(module: nn.Module) -> Activation | None:
-    match module:
-        case nn.LeakyReLU():
-            return Activation("leaky_relu", (module.negative_slope,))
-        case nn.ELU() | nn.CELU():
-            return Activation("elu" if isinstance(module, nn.ELU) else "celu", (module.alpha,))
-        case nn.Softplus():
-            return Activation("softplus", (module.beta, module.threshold))
-        case nn.GELU():
-            return Activation("gelu_tanh" if module.approximate == "tanh" else "gelu")
-        case _:
-            plain: dict[type[nn.Module], str] = {
-                nn.ReLU: "relu",
-                nn.ReLU6: "relu6",
-                nn.SELU: "selu",
-                nn.SiLU: "silu",
-                nn.Hardswish: "hardswish",
-                nn.Hardsigmoid: "hardsigmoid",
-                nn.Sigmoid: "sigmoid",
-                nn.Tanh: "tanh",
-                nn.Mish: "mish",
-            }
-            name = plain.get(type(module))
-            return None if name is None else Activation(name)
+_MODULES: Final[dict[type[nn.Module], Callable[[Any], Activation]]] = {
+    nn.ReLU: lambda _: Activation("relu"),
+    nn.ReLU6: lambda _: Activation("relu6"),
+    nn.LeakyReLU: lambda module: Activation("leaky_relu", (module.negative_slope,)),
+    nn.ELU: lambda module: Activation("elu", (module.alpha,)),
+    nn.SELU: lambda _: Activation("selu"),
+    nn.CELU: lambda module: Activation("celu", (module.alpha,)),
+    nn.SiLU: lambda _: Activation("silu"),
+    nn.GELU: lambda module: Activation("gelu_tanh" if module.approximate == "tanh" else "gelu"),
+    nn.Hardswish: lambda _: Activation("hardswish"),
+    nn.Hardsigmoid: lambda _: Activation("hardsigmoid"),
+    nn.Sigmoid: lambda _: Activation("sigmoid"),
+    nn.Tanh: lambda _: Activation("tanh"),
+    nn.Softplus: lambda module: Activation("softplus", (module.beta, module.threshold)),
+    nn.Mish: lambda _: Activation("mish"),
+}
+
+
+def _from_module(module: object) -> Activation | None:
+    # By exact class: a subclass may compute something else.
+    found = _MODULES.get(type(module))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    return None if found is None else found(module)
 
 
 def resolve(activation: ActivationLike) -> Activation | None:
@@ -232,7 +230,7 @@ def resolve(activation: ActivationLike) -> Activation | None:
         return activation
     if isinstance(activation, str):
         return Activation(activation.lower())
-    found = _from_module(activation) if isinstance(activation, nn.Module) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+    found = _from_module(activation)
     if found is None:
         raise UnknownActivationError(
             f"activation must be a name ({', '.join(NAMES)}), the torch.nn module of one, or None; "

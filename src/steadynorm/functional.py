@@ -62,7 +62,9 @@ def batch_norm(
         residual: Added before the activation; x's shape.
         mask: Boolean, broadcastable to the positions (N, *) from the batch axis on. Where False the position takes no
             part in the statistics, its output is 0 and no gradient flows through it; x may hold NaN there.
-        sample_weight: Weights >= 0, broadcastable likewise: shares in the statistics; every position gets its output.
+        sample_weight: Weights >= 0, broadcastable likewise: how often each position counts in the statistics; every
+            position gets its output. Weights are repetitions, so a batch whose weights sum to 1 or less has no unbiased
+            variance and is not committed: scale them to a mean of 1.
         channel_dim: The axis of the channels; -1 for channels last.
 
     Returns:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from steadynorm.errors import ArgumentError, DtypeError, ShapeError, WeightError
+from steadynorm.errors import ArgumentError, DeviceError, DtypeError, ShapeError, WeightError
 from steadynorm.ops import reference
 from steadynorm.ops.layout import Layout, accumulator_dtype, align
 
@@ -56,7 +56,8 @@ class Moments(NamedTuple):
 
         Raises:
             ShapeError: `x` has no such axis, or `weight` does not fit.
-            DtypeError: `x` is not floating.
+            DtypeError: `x` is not floating, or `weight` is complex.
+            DeviceError: `weight` is on another device.
             WeightError: A weight is negative or not finite (on the CPU; elsewhere a device-side assertion, so that no
                 host synchronisation is needed).
 
@@ -110,6 +111,7 @@ class Moments(NamedTuple):
 
         Raises:
             ShapeError: The numbers of channels differ.
+            DeviceError: They are on different devices.
 
         Example:
             >>> a, b = torch.randn(5, 2), torch.randn(3, 2)
@@ -117,11 +119,7 @@ class Moments(NamedTuple):
             >>> torch.allclose(Moments.of(a).merge(Moments.of(b)).m2, together.m2)
             True
         """
-        if self.mean.shape != other.mean.shape:
-            raise ShapeError(
-                f"only Moments of as many channels can be merged, got {tuple(self.mean.shape)} and "
-                f"{tuple(other.mean.shape)}."
-            )
+        _check_alike([self, other], "merged")
         count = self.count + other.count
         share = other.count / torch.where(count > 0, count, 1.0)
         delta = other.mean - self.mean
@@ -137,6 +135,7 @@ class Moments(NamedTuple):
         Raises:
             ArgumentError: There is none, so that the number of channels is unknown (see `Moments.empty`).
             ShapeError: The numbers of channels differ.
+            DeviceError: They are on different devices.
 
         Example:
             >>> x = torch.randn(12, 3)
@@ -148,8 +147,7 @@ class Moments(NamedTuple):
             raise ArgumentError(
                 "merge_all needs at least one Moments; for none at all, use Moments.empty(num_channels)."
             )
-        if len({m.mean.shape for m in parts}) > 1:
-            raise ShapeError(f"only Moments of as many channels can be merged, got {[m.mean.numel() for m in parts]}.")
+        _check_alike(parts, "merged")
         counts = torch.stack([m.count for m in parts])
         means = torch.stack([m.mean for m in parts])
         total = counts.sum(0)
@@ -180,6 +178,7 @@ class Moments(NamedTuple):
         Raises:
             ArgumentError: `prior` or `examples` is negative or not finite.
             ShapeError: The numbers of channels differ.
+            DeviceError: They are on different devices.
 
         Source:
             Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation" (2020).
@@ -190,11 +189,7 @@ class Moments(NamedTuple):
             >>> mixed.mean.item(), mixed.variance().item()
             (3.5, 2.5)
         """
-        if self.mean.shape != other.mean.shape:
-            raise ShapeError(
-                f"only Moments of as many channels can be mixed, got {tuple(self.mean.shape)} and "
-                f"{tuple(other.mean.shape)}."
-            )
+        _check_alike([self, other], "mixed")
         if not 0 <= prior < float("inf") or (examples is not None and not 0 <= examples < float("inf")):
             raise ArgumentError(f"prior and examples must be >= 0 and finite, got prior={prior}, examples={examples}.")
         seen = other.count if examples is None else torch.full_like(other.count, examples)
@@ -207,10 +202,29 @@ class Moments(NamedTuple):
         return Moments(count, mean, biased * count)
 
 
+def _check_alike(moments: list[Moments], done: str) -> None:
+    if len({m.mean.shape for m in moments}) > 1:
+        raise ShapeError(
+            f"only Moments of as many channels can be {done}, got {[tuple(m.mean.shape) for m in moments]}."
+        )
+    if len({m.mean.device for m in moments}) > 1:
+        raise DeviceError(
+            f"only Moments on one device can be {done}, got {[str(m.mean.device) for m in moments]}. "
+            "Measure on one device, or move each field with .to()."
+        )
+
+
 def checked_weight(weight: Tensor, x: Tensor, layout: Layout, what: str = "weight") -> Tensor:
-    """Aligns a weight with `x` and refuses negative and non-finite ones."""
+    """Aligns a weight with `x` and refuses negative and non-finite ones.
+
+    Under `torch.func.vmap` the values of a batched weight cannot be read, so there they are taken as they are.
+    """
+    if weight.device != x.device:
+        raise DeviceError(f"{what} must be on the input's device {x.device}, got {weight.device}. Move it with .to().")
+    if weight.is_complex():
+        raise DtypeError(f"{what} must be boolean or real numbers >= 0, got {weight.dtype}.")
     aligned = align(weight.detach(), x, layout, what)
-    if weight.dtype == torch.bool:
+    if weight.dtype == torch.bool or torch._C._functorch.is_batchedtensor(aligned):  # pyright: ignore
         return aligned
     fine = ((aligned >= 0) & torch.isfinite(aligned)).all()
     message = f"{what} must be >= 0 and finite everywhere; use 0 to leave a position out."

@@ -122,6 +122,17 @@ class BatchNorm(TorchBatchNorm):
             wanted = " or ".join(f"{d}-D" for d in self._dims)
             raise ShapeError(f"{self} expected {wanted} input {self._shape}, got shape {tuple(input.shape)}.")
 
+    def reset_running_stats(self) -> None:
+        """Back to mean 0 and variance 1, nothing counted."""
+        super().reset_running_stats()
+        self._reset_rejected()
+
+    def _reset_rejected(self) -> None:
+        counter, beside = self._buffers.get("_rejected"), self.running_mean
+        if counter is not None and beside is not None:
+            self._buffers["_rejected"] = torch.zeros_like(counter, device=beside.device)
+            self._rejected_seen = 0
+
     def _widen_buffers(self, before: dict[str, Tensor | None]) -> None:
         """Keeps the running statistics in float32 at least: in half precision they stall or overflow."""
         for name in ("running_mean", "running_var"):
@@ -140,6 +151,9 @@ class BatchNorm(TorchBatchNorm):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._widen_buffers({})  # load_state_dict(assign=True) brings its own dtype
+        counter, beside = self._rejected, self.running_mean
+        if counter is not None and counter.is_meta and beside is not None and not beside.is_meta:
+            self._reset_rejected()  # and its own device, to a layer built on "meta"
 
     def extra_repr(self) -> str:
         """torch.nn's, and what differs from the defaults of the options that torch.nn lacks."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.ops import reference
-from steadynorm.ops.reference import Statistics, Train
+from steadynorm.ops.reference import Gradients, Statistics, Train
 
 __all__ = ["train"]
 
@@ -32,7 +32,10 @@ class BatchNormTrain(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         y, statistics = reference.train(x, weight, bias, residual, position_weight, valid, spec)
         ctx.spec = spec
-        ctx.save_for_backward(x, weight, bias, residual, position_weight, valid, *statistics)
+        # What is added last has the output's own gradient: its values are needed only to differentiate an activation.
+        ctx.added_last = None if residual is None or spec.activation is not None else residual.dtype
+        kept = residual if ctx.added_last is None else None
+        ctx.save_for_backward(x, weight, bias, kept, position_weight, valid, *statistics)
         ctx.mark_non_differentiable(statistics.count)
         ctx.set_materialize_grads(False)
         return y, statistics.count, statistics.mean, statistics.m2
@@ -51,6 +54,9 @@ class BatchNormTrain(torch.autograd.Function):
                 grad_y, grad_mean, grad_m2,
                 x, weight, bias, residual, position_weight, valid, Statistics(count, mean, m2), ctx.spec,
             )  # fmt: skip
+        if ctx.added_last is not None and grad_y is not None:
+            g = grad_y if valid is None else torch.where(valid, grad_y, 0)
+            found = found._replace(residual=g.to(ctx.added_last))
         return *found, None, None, None
 
 
@@ -60,7 +66,7 @@ def _differentiable_backward(
     position_weight: Tensor | None,
     valid: Tensor | None,
     spec: Train,
-) -> list[Tensor | None]:
+) -> Gradients:
     """The same derivative, as a graph: autograd through the composite, which can be differentiated again.
 
     The inputs are aliased first: where one depends on another (a residual computed from x), autograd would otherwise
@@ -76,7 +82,8 @@ def _differentiable_backward(
             [out for out, _ in reached], wanted, [g for _, g in reached], create_graph=True, allow_unused=True
         )
     )
-    return [next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias, residual)]
+    aliases = (x, weight, bias, residual)
+    return Gradients(*(next(found) if t is not None and t.requires_grad else None for t in aliases))
 
 
 def _composite_is_needed() -> bool:

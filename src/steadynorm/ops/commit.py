@@ -11,7 +11,6 @@ from steadynorm.ops.reference import Statistics
 __all__ = ["commit"]
 
 
-@torch.no_grad()
 def commit(
     running_mean: Tensor,
     running_var: Tensor,
@@ -38,8 +37,21 @@ def commit(
     Returns:
         Whether the batch was rejected: a bool where the host could look for free, else a boolean scalar on the device.
     """
-    if statistics.count.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _commit_now(running_mean, running_var, statistics, momentum, num_batches_tracked, rejected)
+    at_once = statistics.count.device.type == "cpu" and not torch.compiler.is_compiling()
+    with torch.no_grad():
+        now_or_queued = _commit_now if at_once else _commit_queued
+        return now_or_queued(running_mean, running_var, statistics, momentum, num_batches_tracked, rejected)
+
+
+def _commit_queued(
+    running_mean: Tensor,
+    running_var: Tensor,
+    statistics: Statistics,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+    rejected: Tensor | None,
+) -> Tensor | bool:
+    """Without a branch on any value, for a device that runs behind the host and for a graph being compiled."""
     known = statistics.count > 1
     mean = statistics.mean.to(running_mean.dtype)
     variance = (statistics.m2 / torch.where(known, statistics.count - 1, 1.0)).to(running_var.dtype)
@@ -69,19 +81,22 @@ def _commit_now(
     count = statistics.count[0].item() if statistics.count.numel() else 0.0  # weights are per position: all are equal
     if count <= 1:
         return False
-    mean = statistics.mean.to(running_mean.dtype)
-    variance = (statistics.m2 / (count - 1)).to(running_var.dtype)
-    # One sum finds every inf and NaN: in float64 finite float32 values cannot overflow it, and inf - inf is NaN.
-    if not math.isfinite((mean.sum(dtype=torch.float64) + variance.sum(dtype=torch.float64)).item()):
+    variance = statistics.m2 / (count - 1)
+    if not (_fits(variance, running_var.dtype) and _fits(statistics.mean, running_mean.dtype)):
         if rejected is not None:
             rejected.add_(1)
         return True
     share = momentum if momentum is not None else 1 / (int(_tracked(num_batches_tracked)) + 1)
-    running_mean.lerp_(mean, share)
-    running_var.lerp_(variance, share)
+    running_mean.lerp_(statistics.mean.to(running_mean.dtype), share)
+    running_var.lerp_(variance.to(running_var.dtype), share)
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
     return False
+
+
+def _fits(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all are finite (a NaN compares false) and stay so in `dtype`."""
+    return torch.linalg.vector_norm(values, math.inf).item() <= torch.finfo(dtype).max
 
 
 def _tracked(num_batches_tracked: Tensor | None) -> Tensor:

@@ -47,6 +47,10 @@ class Layout(NamedTuple):
         count = math.prod([x.shape[d] for d in positions])
         return Layout(dim, positions, channels, count, tuple([channels if d == dim else 1 for d in range(x.dim())]))
 
+    def line_up(self, per_channel: Tensor) -> Tensor:
+        """A (C,) tensor in a shape that broadcasts against the input."""
+        return per_channel if self.dim == len(self.view) - 1 else per_channel.view(self.view)
+
 
 def align(weight: Tensor, x: Tensor, layout: Layout, what: str = "weight") -> Tensor:
     """Lines a weight or mask (N, *) up with `x`, from the batch axis on: (N,) weighs examples, (N, L) positions.

@@ -67,25 +67,25 @@ def measure(x: Tensor, weight: Tensor | None, layout: Layout) -> Statistics:
 
 def _measure(wide: Tensor, weight: Tensor | None, layout: Layout, given: torch.dtype) -> tuple[Statistics, Tensor]:
     """The statistics of `wide` (already in the accumulator's dtype), and x - μ, which normalising needs next."""
-    dtype = wide.dtype
     if weight is None:
-        count, w = torch.full((layout.channels,), layout.count, dtype=dtype, device=wide.device), None
-        total, kept = max(layout.count, 1), wide
-    else:
-        w = weight.to(dtype)
-        n = w.expand([1 if d == layout.dim else s for d, s in enumerate(wide.shape)]).sum()
-        count = n.expand(layout.channels)
-        total, kept = torch.where(n > 0, n, 1.0), torch.where(w > 0, wide, 0)
-    mean = _sum(kept, w, layout) / total
-    if given == dtype or w is not None:
-        # The mean carries a rounding error of its own, which input of its own width can show: take it out (Chan 1983).
-        mean = mean + _sum(kept - mean.view(layout.view), w, layout) / total
-    centred = kept - mean.view(layout.view)
-    return Statistics(count, mean, _sum(centred * centred, w, layout)), centred
-
-
-def _sum(x: Tensor, weight: Tensor | None, layout: Layout) -> Tensor:
-    return (x if weight is None else x * weight).sum(layout.positions)
+        count = torch.full((layout.channels,), layout.count, dtype=wide.dtype, device=wide.device)
+        if layout.count == 0:
+            return Statistics(count, torch.zeros_like(count), torch.zeros_like(count)), wide
+        mean = wide.mean(layout.positions)
+        centred = wide - layout.line_up(mean)
+        if given == wide.dtype:
+            # The mean carries a rounding error, which input as wide as itself can show: take it out (Chan 1983).
+            mean = mean + centred.mean(layout.positions)
+            centred = wide - layout.line_up(mean)
+        return Statistics(count, mean, (centred * centred).sum(layout.positions)), centred
+    w = weight.to(wide.dtype)
+    total = w.expand([1 if d == layout.dim else s for d, s in enumerate(wide.shape)]).sum()
+    some = torch.where(total > 0, total, 1.0)
+    kept = torch.where(w > 0, wide, 0)
+    mean = (kept * w).sum(layout.positions) / some
+    mean = mean + ((kept - layout.line_up(mean)) * w).sum(layout.positions) / some
+    centred = kept - layout.line_up(mean)
+    return Statistics(total.expand(layout.channels), mean, (centred * centred * w).sum(layout.positions)), centred
 
 
 def normalize(
@@ -113,7 +113,7 @@ def normalize(
     wide = x.to(mean.dtype)
     if valid is not None:
         wide = torch.where(valid, wide, 0)  # padding may hold NaN, and 0 * NaN is NaN in backward too
-    centred = wide - mean.view(spec.layout.view)
+    centred = wide - spec.layout.line_up(mean)
     return _finish(centred, torch.rsqrt(variance + spec.eps), weight, bias, residual, valid, spec).to(x.dtype)
 
 
@@ -127,10 +127,9 @@ def _before_activation(
     spec: Train,
 ) -> Tensor:
     """γ z + β + residual."""
-    view = spec.layout.view
-    y = centred * (invstd if weight is None else invstd * weight).view(view)
+    y = centred * spec.layout.line_up(invstd if weight is None else invstd * weight)
     if bias is not None:
-        y = y + bias.view(view)
+        y = y + spec.layout.line_up(bias)
     if residual is not None:
         y = y + (residual if valid is None else torch.where(valid, residual, 0))
     return y
@@ -165,7 +164,7 @@ def train(
     statistics, centred = _measure(wide, position_weight, layout, x.dtype)
     if position_weight is not None:  # positions of weight 0 were left out of `centred`, yet they get their output
         kept = wide if valid is None else torch.where(valid, wide, 0)
-        centred = kept - statistics.mean.view(layout.view)
+        centred = kept - layout.line_up(statistics.mean)
     invstd = torch.rsqrt(statistics.m2 * reciprocal_count(statistics, position_weight, layout) + spec.eps)
     return _finish(centred, invstd, weight, bias, residual, valid, spec).to(x.dtype), statistics
 
@@ -184,51 +183,43 @@ def backward(
     spec: Train,
 ) -> Gradients:
     """The closed form of `train`'s first derivative (the formula is at the top of this file), recomputing from x."""
-    layout, dtype = spec.layout, statistics.mean.dtype
-    view, positions = layout.view, layout.positions
-    wide = x.to(dtype)
-    centred = (wide if valid is None else torch.where(valid, wide, 0)) - statistics.mean.view(view)
+    layout, wide = spec.layout, x.to(statistics.mean.dtype)
+    centred = (wide if valid is None else torch.where(valid, wide, 0)) - layout.line_up(statistics.mean)
     per_count = reciprocal_count(statistics, position_weight, layout)
     invstd = torch.rsqrt(statistics.m2 * per_count + spec.eps)
-    dx, dweight, dbias, dresidual = None, None, None, None
-    slope, offset = None, None
-    if grad_y is not None:
-        g = grad_y.to(dtype)
-        if spec.activation is not None:
-            g = g * spec.activation.derivative(_before_activation(centred, invstd, weight, bias, residual, valid, spec))
-        if valid is not None:
-            g = torch.where(valid, g, 0)
-        dresidual = None if residual is None else g.to(residual.dtype)
-        gamma = invstd if weight is None else invstd * weight
-        sum_g, sum_gz = g.sum(positions), (g * centred).sum(positions) * invstd
-        dweight = None if weight is None else sum_gz.to(weight.dtype)
-        dbias = None if bias is None else sum_g.to(bias.dtype)
-        dx = g * gamma.view(view)
-        offset = gamma * sum_g * per_count
-        slope = gamma * invstd * sum_gz * per_count
-    if grad_mean is not None or grad_m2 is not None:
-        offset, slope = _with_moments(offset, slope, grad_mean, grad_m2, per_count)
-    if offset is None or slope is None:
-        return Gradients(None, None, None, None)
-    pull = centred * slope.view(view) + offset.view(view)
+    g = torch.zeros_like(wide) if grad_y is None else grad_y.to(wide.dtype)
+    if spec.activation is not None:
+        g = g * spec.activation.derivative(_before_activation(centred, invstd, weight, bias, residual, valid, spec))
+    if valid is not None:
+        g = torch.where(valid, g, 0)
+    sum_g = g.sum(layout.positions)
+    sum_gz = (g * centred).sum(layout.positions) * invstd
+    pull = centred * layout.line_up(sum_gz * invstd * per_count) + layout.line_up(sum_g * per_count)
     if position_weight is not None:
         pull = pull * position_weight
-    dx = -pull if dx is None else dx - pull
-    return Gradients(dx.to(x.dtype), dweight, dbias, dresidual)
+    dx = (g - pull) * layout.line_up(invstd if weight is None else invstd * weight)
+    if grad_mean is not None or grad_m2 is not None:
+        dx = dx + _through_moments(grad_mean, grad_m2, centred, position_weight, per_count, layout)
+    return Gradients(
+        dx.to(x.dtype),
+        None if weight is None else sum_gz.to(weight.dtype),
+        None if bias is None else sum_g.to(bias.dtype),
+        None if residual is None else g.to(residual.dtype),
+    )
 
 
-def _with_moments(
-    offset: Tensor | None,
-    slope: Tensor | None,
+def _through_moments(
     grad_mean: Tensor | None,
     grad_m2: Tensor | None,
+    centred: Tensor,
+    position_weight: Tensor | None,
     per_count: Tensor | float,
-) -> tuple[Tensor, Tensor]:
-    """Adds what the returned statistics' own gradients contribute: dμ/dx = w / n and dm2/dx = 2 w (x - μ)."""
-    like = next(t for t in (offset, grad_mean, grad_m2) if t is not None)
-    offset = torch.zeros_like(like) if offset is None else offset
-    slope = torch.zeros_like(like) if slope is None else slope
-    return (
-        offset if grad_mean is None else offset - grad_mean * per_count,
-        slope if grad_m2 is None else slope - 2 * grad_m2,
-    )
+    layout: Layout,
+) -> Tensor:
+    """What the gradients of the returned statistics themselves add to dx."""
+    dx = torch.zeros_like(centred)
+    if grad_mean is not None:
+        dx = dx + layout.line_up(grad_mean * per_count)
+    if grad_m2 is not None:
+        dx = dx + centred * layout.line_up(2 * grad_m2)
+    return dx if position_weight is None else dx * position_weight
