@@ -226,3 +226,11 @@ def test_a_refused_call_changes_nothing(model, options, message):
     with pytest.raises(ArgumentError, match=message):
         init.initialize_(model, **options)
     assert torch.equal(model[0].weight, before)
+
+
+def test_preserving_the_gradient_takes_the_derivative_s_gain() -> None:
+    """sigmoid: 4.7226 = 1 / sqrt(E[f'^2]) in place of 1.8462; the output layer keeps gain 1."""
+    net = nn.Sequential(nn.Linear(400, 300), nn.Sigmoid(), nn.Linear(300, 10))
+    done = init.initialize_(net, preserve="gradient", generator=torch.Generator().manual_seed(0))
+    assert [round(row.gain, 4) for row in done.layers] == [4.7226, 1.0]
+    assert net[0].weight.std().item() == pytest.approx(4.7226 / 20, rel=0.02)

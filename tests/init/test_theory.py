@@ -1,6 +1,7 @@
 """Gains and the mean-field map, against mpmath from the definitions."""
 
 import math
+from collections.abc import Callable
 
 import mpmath as mp
 import pytest
@@ -199,3 +200,36 @@ def test_elu_at_its_own_gain_stays_within_a_factor_two_of_one_through_50_layers_
         assert max(seen[15:]) < 2.0, (seed, max(seen[15:]))
         assert start != 1.0 or (min(seen) > 0.5 and max(seen) < 2.0)
         assert float(weight.std()) == pytest.approx(gain / math.sqrt(width), rel=0.02)
+
+
+def test_gradient_gain_against_mpmath() -> None:
+    """1 / sqrt(E[f'^2]) by 30-digit quadrature; sigmoid and ELU by name, softplus as a bare callable (autograd)."""
+
+    def reference(square: Callable) -> float:
+        density = lambda z: mp.exp(-z * z / 2) / mp.sqrt(2 * mp.pi)  # noqa: E731
+        return float(1 / mp.sqrt(mp.quad(lambda z: square(z) * density(z), [-12, -2, 0, 2, 12])))
+
+    with mp.workdps(30):
+        logistic = lambda z: 1 / (1 + mp.exp(-z))  # noqa: E731
+        sigmoid = reference(lambda z: (logistic(z) * (1 - logistic(z))) ** 2)
+        elu = reference(lambda z: mp.mpf(1) if z > 0 else mp.exp(2 * z))
+        softplus = reference(lambda z: logistic(z) ** 2)
+    assert init.gain("sigmoid", "gradient") == pytest.approx(sigmoid, rel=1e-12)
+    assert init.gain("elu", "gradient") == pytest.approx(elu, rel=1e-12)
+    assert init.gain(lambda z: torch.log1p(torch.exp(z)), "gradient") == pytest.approx(softplus, rel=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["relu", nn.LeakyReLU(0.3), None])
+def test_signal_and_gradient_gain_agree_for_piecewise_linear_functions(activation: str | nn.Module | None) -> None:
+    assert init.gain(activation, "gradient") == pytest.approx(init.gain(activation), rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [torch.sign, torch.round, lambda z: torch.from_numpy(z.detach().numpy().copy())])
+def test_gradient_gain_refuses_what_has_no_derivative(bad: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(ArgumentError):
+        init.gain(bad, "gradient")
+
+
+def test_gain_refuses_to_preserve_anything_else() -> None:
+    with pytest.raises(ArgumentError, match="preserve"):
+        init.gain("relu", "energy")  # pyright: ignore[reportArgumentType]

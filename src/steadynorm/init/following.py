@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -54,12 +54,14 @@ class Follows:
         label: The activation's name, or what there is in its place.
         kind: "output" where the layer's result is the model's, "layer" where another Linear or convolution comes
             first, "unknown" where an operation without a gain does.
-        gain: The activation's gain; 1 where there is none.
+        gain: The gain that preserves the signal; 1 where there is no activation.
+        activation: The activation itself; None where there is none.
     """
 
     label: str
     kind: Literal["activation", "layer", "output", "unknown"]
     gain: float = 1.0
+    activation: AnyActivation = field(default=None, compare=False)
 
 
 _OUTPUT: Final = Follows("nothing (output)", "output")
@@ -72,7 +74,7 @@ def _judge(activation: AnyActivation, label: str) -> Follows | None:
         function = as_function(activation)
         if function is identity or np.array_equal(values(function, _PROBE), _PROBE):
             return None
-        return Follows(label, "activation", gain(function))
+        return Follows(label, "activation", gain(function), function)
     except ArgumentError:
         return Follows(f"{label} (no gain)", "unknown")
 
@@ -83,7 +85,7 @@ def _judge_module(module: nn.Module) -> Follows | None:
         return _LAYER
     if isinstance(module, BATCH_NORMS):
         fused = getattr(module, "activation", None)  # steadynorm's layers apply one of their own
-        return Follows(str(fused), "activation", gain(fused)) if isinstance(fused, Activation) else None
+        return Follows(str(fused), "activation", gain(fused), fused) if isinstance(fused, Activation) else None
     if isinstance(module, _THROUGH):
         return None
     name = type(module).__name__

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from steadynorm.errors import ArgumentError
 from steadynorm.init.following import BATCH_NORMS, TRANSPOSED, WEIGHTED, Follows, Weighted, find
 from steadynorm.init.tensors import Distribution, draw_
-from steadynorm.init.theory import AnyActivation, gain
+from steadynorm.init.theory import AnyActivation, Preserve, gain
 
 __all__ = ["Initialization", "LayerInit", "initialize_"]
 
@@ -96,8 +96,14 @@ def _draw_(layer: Weighted, std: float, distribution: Distribution, generator: t
             layer.bias.zero_()
 
 
-def _plan(name: str, layer: Weighted, follows: Follows, forced: tuple[str, float] | None) -> LayerInit:
-    label, gain_ = (follows.label, follows.gain) if forced is None or follows.kind == "output" else forced
+def _plan(
+    name: str, layer: Weighted, follows: Follows, forced: tuple[str, float] | None, preserve: Preserve
+) -> LayerInit:
+    label, gain_ = follows.label, follows.gain
+    if forced is not None and follows.kind != "output":
+        label, gain_ = forced
+    elif follows.kind == "activation" and preserve != "signal":
+        gain_ = gain(follows.activation, preserve)
     fan = _fan_in(layer)
     return LayerInit(name, type(layer).__name__, label, gain_, fan, gain_ / math.sqrt(max(fan, 1.0)))
 
@@ -114,6 +120,7 @@ def initialize_(
     activation: AnyActivation = None,
     generator: torch.Generator | None = None,
     distribution: Distribution = "normal",
+    preserve: Preserve = "signal",
 ) -> Initialization:
     """Initialises each Linear and convolution by the activation that follows it, in place.
 
@@ -137,6 +144,7 @@ def initialize_(
         activation: What to take for every layer but the output, in place of what is found; as in `gain`.
         generator: Where the random numbers come from; None: torch's global one.
         distribution: "normal" or "uniform".
+        preserve: What the gain keeps from layer to layer, "signal" or "gradient"; see `gain`.
 
     Returns:
         What was done, layer by layer; `print` it to see a table.
@@ -159,11 +167,11 @@ def initialize_(
         raise ArgumentError(f'distribution must be "normal" or "uniform", got {distribution!r}.')
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         raise ArgumentError("the model has lazy layers, whose shape is not known: run one forward pass first.")
-    forced = None if activation is None else (_label(activation), gain(activation))
+    forced = None if activation is None else (_label(activation), gain(activation, preserve))
     follows, untraced = find(model)
     modules = dict(model.named_modules())
     layers = {name: m for name in follows if isinstance(m := modules[name], WEIGHTED) and _settable(m)}
-    plans = tuple(_plan(name, layer, follows[name], forced) for name, layer in layers.items())
+    plans = tuple(_plan(name, layer, follows[name], forced, preserve) for name, layer in layers.items())
     for plan in plans:
         _draw_(layers[plan.name], plan.std, distribution, generator)
     norms = {name: m for name, m in modules.items() if isinstance(m, BATCH_NORMS)}

@@ -2,18 +2,20 @@
 
 import copy
 import math
-from typing import TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from steadynorm.activations import Activation, resolve
 from steadynorm.errors import ArgumentError, UnknownActivationError
 from steadynorm.init.quadrature import Elementwise, expect_square
 
-__all__ = ["AnyActivation", "as_function", "gain", "mean_field", "slope"]
+__all__ = ["AnyActivation", "Preserve", "as_function", "gain", "mean_field", "slope"]
 
 AnyActivation: TypeAlias = "str | nn.Module | Activation | Elementwise | None"
+Preserve: TypeAlias = Literal["signal", "gradient"]
 Function: TypeAlias = "Activation | nn.Module | Elementwise"
 
 
@@ -66,14 +68,32 @@ def _mean_square_of(function: Function) -> float:
             return 1.0 if function is identity else expect_square(function)
 
 
-def gain(activation: AnyActivation) -> float:
-    r"""The factor that keeps the second moment of a signal through a layer with this activation.
+def _derivative_of(function: Function) -> Elementwise:
+    if isinstance(function, Activation):
+        return function.derivative
 
-    gain = 1 / sqrt(E[f(z)^2]),  z ~ N(0, 1)
+    def derivative(z: Tensor) -> Tensor:
+        with torch.enable_grad():
+            at = z.detach().requires_grad_()
+            out = function(at)
+            if not (isinstance(out, Tensor) and out.shape == z.shape and out.requires_grad):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ArgumentError("it cannot be differentiated by torch, element by element")
+            return torch.autograd.grad(out, at, torch.ones_like(out))[0]
+
+    return derivative
+
+
+def gain(activation: AnyActivation, preserve: Preserve = "signal") -> float:
+    r"""The factor that keeps the second moment of a signal, or of its gradient, through a layer with this activation.
+
+    signal:    gain = 1 / sqrt(E[f(z)^2]),      gradient:    gain = 1 / sqrt(E[f'(z)^2]),      z ~ N(0, 1)
 
     Weights drawn with standard deviation gain / sqrt(fan_in) turn f(z) back into pre-activations of second moment 1.
     This is He et al.'s argument for ReLU, E[f^2] = 1/2, with any f in its place. E[f^2] is the second moment about
-    zero, not the variance: for a function with a large mean, such as the sigmoid, most of it is that mean.
+    zero, not the variance: for a function with a large mean, such as the sigmoid, most of it is that mean, and what
+    tells two examples apart shrinks from layer to layer all the same. E[f'^2] is what a small difference between two
+    inputs, and the gradient on its way back, is multiplied by per layer; the gain that keeps it is Glorot's "4 for the
+    sigmoid" made exact. The two agree for ReLU, leaky ReLU and the identity.
 
     Exact for identity, ReLU, leaky ReLU and PReLU. Otherwise by quadrature: to 1e-12 for an f whose kinks and jumps lie
     at multiples of 1/2, as those of the usual activations do; elsewhere a kink costs up to 1e-5, a jump up to 1e-2.
@@ -82,26 +102,34 @@ def gain(activation: AnyActivation) -> float:
         activation: A name (`steadynorm.activations.NAMES`, "identity" or "linear"), an `nn.Module` (evaluated in
             float64 and in eval mode), an `Activation`, None for the identity, or any callable that maps a float64
             tensor element by element.
+        preserve: "signal" or "gradient" (then a callable must be differentiable by torch; a jump counts for nothing).
 
     Returns:
         The gain: sqrt(2) for ReLU, 1 for the identity.
 
     Raises:
         UnknownActivationError: A name that is not known.
-        ArgumentError: The callable is not elementwise, not finite, or E[f(z)^2] is 0 or infinite.
+        ArgumentError: The callable is not elementwise, not finite, or the expectation is 0 or infinite.
 
     Source:
-        He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", ICCV 2015, https://arxiv.org/abs/1502.01852
+        He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", ICCV 2015, https://arxiv.org/abs/1502.01852;
+        for the gradient: Schoenholz et al., "Deep Information Propagation", ICLR 2017,
+        https://arxiv.org/abs/1611.01232.
 
     Example:
         >>> import torch
         >>> round(gain("relu"), 6), round(gain(nn.ELU()), 6), round(gain(torch.sin), 6)
         (1.414214, 1.245198, 1.520867)
+        >>> round(gain("sigmoid"), 4), round(gain("sigmoid", preserve="gradient"), 4)
+        (1.8462, 4.7226)
     """
-    mean_square = _mean_square_of(as_function(activation))
+    if preserve not in get_args(Preserve):
+        raise ArgumentError(f'preserve must be "signal" or "gradient", got {preserve!r}.')
+    function, what = as_function(activation), "f" if preserve == "signal" else "f'"
+    mean_square = _mean_square_of(function) if preserve == "signal" else expect_square(_derivative_of(function))
     if not math.isfinite(mean_square) or mean_square <= 0:
         raise ArgumentError(
-            f"a gain needs 0 < E[f(z)^2] < inf for z ~ N(0, 1), and {activation!r} gives {mean_square}. "
+            f"a gain needs 0 < E[{what}(z)^2] < inf for z ~ N(0, 1), and {activation!r} gives {mean_square}. "
             "Use a function that is finite on the whole line and not zero everywhere."
         )
     return 1 / math.sqrt(mean_square)
