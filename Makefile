@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Processes that run the tests, one thread each: two processes of two threads each only wait for one another.
+# Processes that run the tests, one thread each: more threads than cores would only wait for one another.
 JOBS ?= 2
 # The demonstration is the full `steadynorm compare` with fewer seeds and steps.
 DEMO_DIR := steadynorm-report
@@ -34,7 +34,7 @@ lint: $(VENV)/.installed-lint types ## check style, import direction and types
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
-types: $(VENV)/.installed-lint $(VENV)/.installed-runtime ## check the types alone
+types: $(VENV)/.installed-lint $(VENV)/.installed-test ## check the types alone
 	$(BIN)/pyright
 
 docs: $(VENV)/.installed-docs ## build the site into site/, warnings as errors
@@ -50,8 +50,8 @@ $(VENV)/.installed-%: pyproject.toml requirements.lock | $(VENV)/.created
 	@touch $@
 
 $(VENV)/.created:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "steadynorm needs Python >= 3.11, and $(PYTHON) is $$($(PYTHON) --version 2>&1 || echo missing)." \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "steadynorm needs Python >= 3.11, and $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo missing)." \
 	    "Install one, then name it: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment:" \
 	    "on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
@@ -62,8 +62,8 @@ lock: ## write requirements.lock anew, from the newest versions that pyproject.t
 	$(PYTHON) -m venv $(VENV)-lock
 	$(VENV)-lock/bin/python -m pip install hatchling 'torch==$(TORCH)' -e '.[test,lint,docs]'
 	{ echo "# Exact versions for every extra, used as pip's constraints (pip install -c). Written by \`make lock\`."; \
-	  $(VENV)-lock/bin/python -m pip freeze --exclude-editable \
-	  | sed 's/+cpu$$//' | grep -viE '^(nvidia|cuda|triton|pip|setuptools)\b'; } > requirements.lock.new
+	  $(VENV)-lock/bin/python -m pip freeze --all --exclude-editable \
+	  | sed 's/+.*//' | grep -vE '^(nvidia-|cuda-|triton=|pip=)'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 	rm -rf $(VENV)-lock
 

@@ -92,6 +92,12 @@ class TestEvaluation:
         assert mean.tolist() == [0.5, -1.0, 2.0]
         assert variance.tolist() == [0.25, 1.0, 4.0]
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_a_half_precision_input_is_centred_in_float32(self, dtype):
+        x = torch.tensor([[512.0], [516.0], [508.0]], dtype=dtype)
+        mean, variance = torch.tensor([512.3]), torch.tensor([9.0])  # in half precision the mean would round to 512.5
+        assert_close(bn(x, mean, variance, eps=0.0), (x.double().numpy() - mean.double().numpy()) / 3, "output")
+
     def test_takes_every_option(self):
         x, residual, (gamma, beta) = rand(4, 3, 5), rand(4, 3, 5, seed=5), affine(3)
         mean, variance, mask = rand(3, seed=6), rand(3, seed=7).abs(), rand(4, 5, seed=8) > 0

@@ -107,6 +107,25 @@ def test_a_residual_that_depends_on_x_is_counted_once_at_every_order(activation)
         assert gradgradcheck(f, (x,))
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_derivative_that_can_be_differentiated_is_the_derivative(activation, masked):
+    """gradgradcheck cannot see this: it takes the first order with create_graph=True for granted."""
+    layer = layer_of(2, activation=activation, momentum=0.0)
+    x, upstream = rand(5, 2, seed=8).requires_grad_(), rand(5, 2, seed=9)
+    mask = torch.tensor([True, True, False, True, True]) if masked else None
+    for residual in (None, x, (x**2).sin(), rand(5, 2, seed=10).requires_grad_()):
+        inputs = [x, *layer.parameters()]
+        if residual is not None and residual is not x:
+            inputs.append(residual)
+        plain, graph = (
+            grad(layer(x, residual=residual, mask=mask), inputs, upstream, create_graph=further, retain_graph=True)
+            for further in (False, True)
+        )
+        for a, b in zip(plain, graph, strict=True):
+            torch.testing.assert_close(b, a)
+
+
 def test_parameters_that_depend_on_x_are_counted_once():
     def f(x):
         return batch_norm_with_moments(x, x[0].exp(), x.sum(0), activation="tanh")[0]
@@ -133,8 +152,10 @@ def test_masks_weights_and_returned_moments(mask, weights):
     assert gradgradcheck(f, inputs)
 
 
-def test_nan_in_the_padding_reaches_no_gradient():
-    layer = layer_of(2, activation="gelu")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_nan_in_the_padding_reaches_no_gradient(activation, training):
+    layer = layer_of(2, activation=activation).train(training)
     mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
     inside = mask.unsqueeze(1).expand(3, 2, 3)
     x, residual = (torch.where(inside, rand(3, 2, 3, seed=seed), torch.nan).requires_grad_() for seed in (14, 15))

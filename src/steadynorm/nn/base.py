@@ -144,8 +144,11 @@ class BatchNorm(TorchBatchNorm):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
         before = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
+        counted_on_meta = self._rejected is not None and self._rejected.is_meta
         super()._apply(fn, recurse)
         self._widen_buffers(before)
+        if counted_on_meta:
+            self._reset_rejected()  # to_empty() leaves arbitrary memory, which no state_dict fills
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

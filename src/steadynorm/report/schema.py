@@ -2,14 +2,18 @@
 
 Accuracies are fractions in [0, 1]; steps count optimiser updates; a missing figure is None, never NaN, so that the
 file is strict JSON. An interval is `[low, high]` at 95 %. An arm's id is "plain", "before" or "after" (batch norm
-before or after the nonlinearity), or what a user's own list of arms calls it; `init` is "default" or "corrected".
+before or after the nonlinearity), or what a user's own list of arms calls it; `init` is one of `INITS`.
 """
 
 from typing import Any, Literal, TypeAlias, TypedDict
 
 SCHEMA_VERSION = 1
 
-Interval: TypeAlias = list[float]
+INITS = ("default", "corrected", "critical")
+"""Initialisations that are tuned over: torch's own; with the gain that keeps the signal's second moment; with the gain
+that keeps the gradient's (`steadynorm.init.gain`, preserve="signal" and "gradient")."""
+
+Interval: TypeAlias = list[float | None]  # a bound is None where too few seeds leave it undefined, or it is open
 Verdict: TypeAlias = Literal["supported", "contradicted", "no material difference", "cannot tell"]
 
 
@@ -98,11 +102,11 @@ class Ratio(TypedDict):
     """Steps of the plain arm over steps of another, on paired seeds: above 1 means fewer steps with batch norm."""
 
     arm: str
-    init: str  # "tuned" (each arm's better one), "default" or "corrected" (both arms the same)
+    init: str  # "tuned" (each arm's best one), or one of INITS (both arms the same)
     target: float
     ratio: float | None
     interval: list[float | None]
-    method: str  # "paired geometric mean, t-interval on logs" | "Kaplan-Meier medians, bootstrap" | "at least" | "none"
+    method: str  # one of the methods named in `steadynorm.experiment.stats`: "at least" and "at most" are bounds
     reached_plain: int
     reached_arm: int
     seeds: int
@@ -157,8 +161,9 @@ class RegularizationRow(TypedDict):
 class StandardizationRow(TypedDict):
     """Features multiplied by 10^U(-3, 3): what each remedy makes of them."""
 
-    condition: Literal["plain, raw", "plain, standardised", "batch norm in the hidden layers, raw",
-                       "batch norm as first layer, raw"]
+    condition: Literal[
+        "plain, raw", "plain, standardised", "batch norm in the hidden layers, raw", "batch norm as first layer, raw"
+    ]
     init: str
     lr: float
     test_accuracy: float
@@ -209,7 +214,7 @@ class Results(TypedDict):
     curves: list[Curve]
     runs: list[FreshRun]
     summaries: list[Summary]
-    ratios: list[Ratio]  # at `target`, for init tuned / default / corrected
+    ratios: list[Ratio]  # at `target`, for init tuned and each of INITS
     ratio_curve: list[Ratio]  # init tuned, over a grid of targets
     gradients: list[GradientRow]
     drift: list[DriftRow]

@@ -1,0 +1,169 @@
+"""The command line: `steadynorm compare`, `steadynorm explain`.
+
+Exit codes: 0 done; 2 bad input, with one line saying what was wrong and what to do; 130 interrupted (what was finished
+is kept).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import typer
+
+import steadynorm as sn
+from steadynorm.errors import ArgumentError, SteadynormError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="steadynorm",
+    help="Batch normalization: see what it does to one mini-batch, and what it does for a whole training run.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+_JSON = typer.Option("--json", help="Print the result as JSON, for machines; nothing else goes to standard output.")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"steadynorm {sn.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Batch normalization: see what it does to one mini-batch, and what it does for a whole training run."""
+
+
+@app.command(
+    # So that a negative number is a value and not a misspelt option.
+    context_settings={"ignore_unknown_options": True},
+    epilog="Examples:  steadynorm explain 3 5 8 9 11 24   |   steadynorm explain --csv batch.csv --gamma 2 --json",
+)
+def explain(
+    values: Annotated[
+        list[str] | None, typer.Argument(help="The mini-batch of one feature: two numbers or more.")
+    ] = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option(help="Read the mini-batch from a CSV file instead: a row an example, a column a feature."),
+    ] = None,
+    gamma: Annotated[str, typer.Option(help="The scale γ: one number, or one a feature, separated by commas.")] = "1",
+    beta: Annotated[str, typer.Option(help="The shift β, likewise.")] = "0",
+    eps: Annotated[str, typer.Option(help="ε, added to the variance.")] = "1e-5",
+    momentum: Annotated[str, typer.Option(help="The share of this batch in the running statistics.")] = "0.1",
+    digits: Annotated[int, typer.Option(help="Digits after the point, all of them right.", min=1, max=50)] = 6,
+    as_json: Annotated[bool, _JSON] = False,
+) -> None:
+    """Take one mini-batch through batch norm, step by step, right in every digit shown."""
+    from steadynorm import walkthrough
+
+    if (csv is None) == (not values):
+        raise ArgumentError("give the values of one feature, or --csv FILE with several: one of the two.")
+    options: dict[str, Any] = {"eps": eps, "momentum": momentum, "digits": digits}
+    options |= {"gamma": _one_or_several(gamma), "beta": _one_or_several(beta)}
+    steps = walkthrough.from_csv(csv, **options) if csv else walkthrough.explain(values or [], **options)
+    typer.echo(json.dumps(steps.to_dict(), indent=2, allow_nan=False) if as_json else str(steps))
+
+
+def _one_or_several(text: str) -> Any:
+    return text.split(",") if "," in text else text
+
+
+@app.command(
+    epilog="Examples:  steadynorm compare   |   steadynorm compare --model elu-mlp-20 --steps 1000   |   "
+    "steadynorm compare --data table.csv --label species --model relu-mlp   |   "
+    "steadynorm compare --data mypkg.data:load --model mypkg.nets:build --out report"
+)
+def compare(
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits (bundled), a folder of MNIST-style idx files, a folder of images (one sub-folder per class), "
+            "a CSV, TSV, Parquet or JSON-lines table, an .npz file, or pkg.mod:factory."
+        ),
+    ] = "digits",
+    label: Annotated[str | None, typer.Option(help="The table's label column.")] = None,
+    model: Annotated[
+        str, typer.Option(help="sigmoid-mlp, elu-mlp-20, relu-mlp, small-cnn, or pkg.mod:factory.")
+    ] = "sigmoid-mlp",
+    seeds: Annotated[int, typer.Option(help="Fresh seeds that everything reported is measured on.", min=1)] = 10,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.", min=1)] = 2000,
+    batch_size: Annotated[int, typer.Option(help="Examples a step.", min=2)] = 60,
+    target: Annotated[
+        str, typer.Option(help="Validation accuracy to reach, in (0, 1); auto: 99 % of what the plain network reaches.")
+    ] = "auto",
+    optimizer: Annotated[str, typer.Option(help="sgd or adam.")] = "sgd",
+    studies: Annotated[
+        str | None,
+        typer.Option(help="Which studies beside the comparison itself, separated by commas; all by default."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Processes; one per core by default. Changes no number.", min=1)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, results.json and the best model.")] = Path(
+        "steadynorm-report"
+    ),
+    as_json: Annotated[bool, _JSON] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Train the same network with and without batch norm, and measure what that does for it.
+
+    Every arm gets the same search for its learning rate and initialisation; what is reported comes from fresh seeds. An
+    interrupted comparison keeps what it has finished: the same command takes it up again.
+    """
+    from steadynorm.experiment import STUDIES
+    from steadynorm.report import print_report, to_json
+
+    chosen = STUDIES if studies is None else tuple(name.strip() for name in studies.split(",") if name.strip())
+    comparison = sn.compare(
+        data,
+        model,
+        label=label,
+        seeds=seeds,
+        steps=steps,
+        batch_size=batch_size,
+        target=_target(target),
+        optimizer=cast(Literal["sgd", "adam"], optimizer),
+        studies=chosen,
+        jobs=jobs,
+        out=out,
+        progress=not quiet,
+    )
+    if as_json:
+        typer.echo(to_json(comparison.results))
+    else:
+        print_report(comparison.results)
+        typer.echo(f"\nThe whole report: {out / 'report.html'}")
+    if comparison.results["status"] == "interrupted":
+        typer.echo("Interrupted: what was finished is kept, and the same command goes on from there.", err=True)
+        raise typer.Exit(130)
+
+
+def _target(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise ArgumentError(f"--target must be auto or an accuracy between 0 and 1, got {text!r}.") from None
+
+
+def main() -> None:
+    """Runs the command line; every error of the package's own becomes one line and exit code 2."""
+    try:
+        app()
+    except SteadynormError as error:
+        typer.echo(f"steadynorm: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe (head, less) has left
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,208 @@
+"""The arms of the comparison: the same network without batch norm, with it before the nonlinearity, and after it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Final, Literal, TypeAlias
+
+from torch import nn
+from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+from steadynorm.errors import ArgumentError, ModelError
+from steadynorm.experiment.models import ModelSource
+
+__all__ = ["DEFAULT_ARMS", "Arm", "Init", "Where", "arms_for", "build", "is_activation", "is_weighted"]
+
+Where: TypeAlias = Literal["before", "after", "own", "first"]
+Init: TypeAlias = Literal["default", "corrected", "critical"]
+
+_NORMS: Final = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
+_DIMS: Final[dict[type[nn.Module], int]] = {nn.Linear: 1, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+_NOT_ELEMENTWISE: Final = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
+_KEEPS_CHANNELS: Final = (
+    nn.Dropout,
+    nn.MaxPool1d,
+    nn.MaxPool2d,
+    nn.MaxPool3d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm.
+
+    Attributes:
+        id: What the results call it.
+        label: What the report calls it.
+        where: Where batch norm goes: None for nowhere, "before" or "after" each hidden nonlinearity, "own" for where
+            the user's factory puts it, "first" for a layer on the input alone.
+        salt: Changes initialisation and data order, not the split; tells apart two arms of a null experiment.
+    """
+
+    id: str
+    label: str
+    where: Where | None = None
+    salt: int = 0
+
+
+PLAIN: Final = Arm("plain", "without batch norm")
+BEFORE: Final = Arm("before", "batch norm before the nonlinearity", "before")
+AFTER: Final = Arm("after", "batch norm after the nonlinearity", "after")
+OWN: Final = Arm("norm", "batch norm where the factory puts it", "own")
+
+DEFAULT_ARMS: Final = (PLAIN, BEFORE, AFTER)
+
+
+def arms_for(source: ModelSource, arms: tuple[Arm, ...] | None) -> tuple[Arm, ...]:
+    """The arms that this network can have, the plain one first.
+
+    Raises:
+        ArgumentError: The user's list repeats an id or does not start with a plain arm.
+    """
+    if arms is None:
+        return (PLAIN, OWN) if source.places_norm and "where" not in source.asks else DEFAULT_ARMS
+    ids = [arm.id for arm in arms]
+    if len(arms) < 2 or len(set(ids)) != len(ids) or arms[0].where is not None:
+        raise ArgumentError(
+            "arms must be at least two with different ids, the first of them without batch norm; "
+            f"got {', '.join(ids) or 'none'}."
+        )
+    return arms
+
+
+def is_weighted(module: nn.Module) -> bool:
+    """Whether this is a Linear or convolution: a layer that batch norm can follow."""
+    return isinstance(module, tuple(_DIMS))
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether this is an elementwise nonlinearity of `torch.nn`."""
+    return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, _NOT_ELEMENTWISE)
+
+
+def _norm_after(layer: nn.Module) -> nn.Module:
+    dims = next(dims for kind, dims in _DIMS.items() if isinstance(layer, kind))
+    width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    assert isinstance(width, int)  # noqa: S101 - narrows the type of an attribute that torch leaves open
+    return _NORMS[dims](width)
+
+
+def _norm(num_features: int, dims: int = 1) -> nn.Module:
+    return _NORMS[dims](num_features)
+
+
+def _sequentials(model: nn.Module) -> list[nn.Sequential]:
+    return [m for m in model.modules() if isinstance(m, nn.Sequential) and type(m).forward is nn.Sequential.forward]
+
+
+def _hidden_activations(sequence: nn.Sequential) -> list[tuple[int, int]]:
+    """Positions of (layer, activation) pairs, last first, so that insertions do not move those still to come."""
+    pairs: list[tuple[int, int]] = []
+    layer: int | None = None
+    for position, module in enumerate(sequence):
+        if is_weighted(module):
+            layer = position
+        elif is_activation(module) and layer is not None:
+            pairs.append((layer, position))
+            layer = None
+        elif not isinstance(module, (*_KEEPS_CHANNELS, *_NORMS.values())):
+            layer = None
+    return pairs[::-1]
+
+
+def _insert_norm(model: nn.Module, where: Literal["before", "after"]) -> int:
+    inserted = 0
+    for sequence in _sequentials(model):
+        for position, activation in _hidden_activations(sequence):
+            layer = sequence[position]
+            if where == "after":
+                sequence.insert(activation + 1, _norm_after(layer))
+            else:
+                # The bias only moves the mean that batch norm takes away again.
+                layer.register_parameter("bias", None)
+                sequence.insert(position + 1, _norm_after(layer))
+            inserted += 1
+    return inserted
+
+
+def insert_dropout(model: nn.Module, p: float) -> int:
+    """Puts dropout after each hidden activation (and the batch norm on it); returns after how many."""
+    inserted = 0
+    for sequence in _sequentials(model):
+        for _, activation in _hidden_activations(sequence):
+            position = activation + 1
+            while position < len(sequence) and isinstance(sequence[position], tuple(_NORMS.values())):
+                position += 1
+            sequence.insert(position, nn.Dropout(p))
+            inserted += 1
+    return inserted
+
+
+def _refuse_batch_norm(model: nn.Module, source: ModelSource) -> None:
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):  # pyright: ignore[reportPrivateUsage]
+        raise ModelError(
+            f"the plain arm of {source.name} already holds batch norm, so there is nothing to compare. "
+            "Leave it out, or write a factory f(norm) that builds without it when norm is None."
+        )
+
+
+def _refuse_no_place(source: ModelSource) -> ModelError:
+    return ModelError(
+        f"found no place for batch norm in {source.name}: it is put in module by module, next to an activation module "
+        "that follows a Linear or convolution inside an nn.Sequential. Write a factory f(norm) that calls "
+        "norm(num_features) or norm(num_features, dims=2) where a layer belongs, and builds without when norm is None."
+    )
+
+
+def _first(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), BatchNorm1d(prod(input_shape)), nn.Unflatten(1, input_shape), model)
+
+
+def build(
+    source: ModelSource,
+    arm: Arm,
+    input_shape: tuple[int, ...],
+    classes: int,
+    *,
+    init: Init = "default",
+    dropout: float = 0.0,
+) -> nn.Module:
+    """One arm's network, initialised under torch's global random state.
+
+    Where batch norm is put in, that happens after the initialisation, so that all arms of one seed start from the
+    same weights.
+
+    Args:
+        source: Where the plain network comes from.
+        arm: Which arm.
+        input_shape: The shape of one example.
+        classes: The number of classes.
+        init: "default" is torch's own; "corrected" draws each layer's weights by the gain of the activation that
+            follows it (`steadynorm.init.initialize_`), with zero biases; "critical" by the gain that preserves the
+            gradient, which for functions with a large mean (the sigmoid) is the one that lets a plain network learn.
+        dropout: Probability of dropout after each hidden activation; 0 for none.
+
+    Raises:
+        ModelError: Batch norm or dropout finds no place in the network, or the plain network already has batch norm.
+    """
+    own = arm.where is not None and arm.where != "first" and source.places_norm
+    norm: Callable[..., nn.Module] | None = _norm if own else None
+    model = source.build(input_shape, classes, norm, arm.where if own else None)
+    if not own:
+        _refuse_batch_norm(model, source)
+    if init != "default":
+        from steadynorm.init import initialize_
+
+        initialize_(model, preserve="signal" if init == "corrected" else "gradient")
+    if dropout and not insert_dropout(model, dropout):
+        raise ModelError(f"found no activation module in {source.name} that dropout could follow.")
+    if own or arm.where is None:
+        return model
+    if arm.where == "first":
+        return _first(model, input_shape)
+    if arm.where == "own" or not _insert_norm(model, arm.where):
+        raise _refuse_no_place(source)
+    return model

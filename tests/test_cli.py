@@ -1,0 +1,100 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from steadynorm.cli import main
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def steadynorm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs the command line in this process."""
+
+    def run(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["steadynorm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        captured = capsys.readouterr()
+        code = stopped.value.code
+        return Done(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.mark.parametrize("command", [(), ("explain",), ("compare",)])
+def test_help_shows_an_example(steadynorm: Callable[..., Done], command: tuple[str, ...]) -> None:
+    done = steadynorm(*command, "--help")
+    assert done.code == 0
+    assert "steadynorm" in done.out
+    assert not command or "Examples:" in done.out
+
+
+def test_version(steadynorm: Callable[..., Done]) -> None:
+    assert steadynorm("--version").out.startswith("steadynorm ")
+
+
+def test_explain_prints_the_worked_example(steadynorm: Callable[..., Done]) -> None:
+    done = steadynorm("explain", 3, 5, 8, 9, 11, 24, "--digits", 2)
+    assert done.code == 0
+    for figure in ("46", "6.78", "-1.03", "-0.74", "-0.29", "-0.15", "0.15", "2.06"):
+        assert figure in done.out
+
+
+def test_explain_takes_negative_numbers_and_prints_json(steadynorm: Callable[..., Done]) -> None:
+    done = steadynorm("explain", -3, 5, "--eps", 0, "--json")
+    feature = json.loads(done.out)["features"][0]
+    assert feature["mean"] == 1.0
+    assert feature["variance"] == 16.0
+    assert feature["x_hat"] == [-1.0, 1.0]
+
+
+def test_explain_reads_several_features(steadynorm: Callable[..., Done], tmp_path: Path) -> None:
+    table = tmp_path / "batch.csv"
+    table.write_text("height,weight\n1,10\n3,30\n")
+    done = steadynorm("explain", "--csv", table, "--gamma", "1,2", "--eps", 0, "--json")
+    height, weight = json.loads(done.out)["features"]
+    assert (height["name"], height["y"]) == ("height", [-1.0, 1.0])
+    assert (weight["name"], weight["y"]) == ("weight", [-2.0, 2.0])
+
+
+BAD = {
+    "no values": ("explain",),
+    "one value": ("explain", "3"),
+    "not a number": ("explain", "3", "x"),
+    "a misspelt option": ("explain", "3", "4", "--gama", "2"),
+    "not finite": ("explain", "3", "nan"),
+    "no such file": ("explain", "--csv", "no/such/file.csv"),
+    "values and a file": ("explain", "3", "4", "--csv", "batch.csv"),
+    "no such data": ("compare", "--data", "no/such/folder"),
+    "no such model": ("compare", "--model", "no-such-model"),
+    "no such module": ("compare", "--model", "no_such_package.nets:build"),
+    "a target that is none": ("compare", "--target", "high"),
+    "a target out of range": ("compare", "--target", "1.5"),
+    "no such optimizer": ("compare", "--optimizer", "lion"),
+    "no such study": ("compare", "--studies", "astrology"),
+    "seeds below one": ("compare", "--seeds", "0"),
+}
+
+
+@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_and_exit_code_2(
+    steadynorm: Callable[..., Done], arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    out = ("--out", str(tmp_path / "report")) if arguments[0] == "compare" else ()
+    done = steadynorm(*arguments, *out)
+    assert done.code == 2
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    assert len(done.err.strip()) > 20
+    assert not (tmp_path / "report" / "results.json").exists()
