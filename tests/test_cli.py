@@ -68,6 +68,35 @@ def test_explain_reads_several_features(steadynorm: Callable[..., Done], tmp_pat
     assert (weight["name"], weight["y"]) == ("weight", [-2.0, 2.0])
 
 
+def test_compare_hands_its_options_on_and_prints_the_report(steadynorm: Callable[..., Done], tmp_path: Path) -> None:
+    """A real comparison, as small as one can be: two seeds, ten steps, no studies."""
+    small = ("--seeds", 2, "--tuning-seeds", 1, "--steps", 10, "--studies", "", "--jobs", 1, "--quiet")
+    done = steadynorm("compare", *small, "--target", 0.5, "--out", tmp_path)
+    assert done.code == 0
+    assert str(tmp_path / "report.html") in done.out.replace("\n", "")
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["status"] == "complete"
+    assert results["target"] == 0.5
+    assert {**results["settings"], "seeds": 2, "tuning_seeds": 1, "steps": 10} == results["settings"]
+
+    again = steadynorm("compare", *small, "--target", 0.5, "--out", tmp_path, "--json")
+    printed = json.loads(again.out)
+    assert printed["runs"] == results["runs"]
+
+
+def test_ctrl_c_says_what_is_kept(
+    steadynorm: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("steadynorm.compare", interrupted, raising=False)
+    done = steadynorm("compare", "--out", tmp_path)
+    assert done.code == 130
+    assert str(tmp_path) in done.err.replace("\n", "")
+
+
 BAD = {
     "no values": ("explain",),
     "one value": ("explain", "3"),

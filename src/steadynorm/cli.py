@@ -95,8 +95,9 @@ def compare(
     model: Annotated[
         str, typer.Option(help="sigmoid-mlp, elu-mlp-20, relu-mlp, small-cnn, or pkg.mod:factory.")
     ] = "sigmoid-mlp",
-    seeds: Annotated[int, typer.Option(help="Fresh seeds that everything reported is measured on.", min=1)] = 10,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.", min=1)] = 2000,
+    seeds: Annotated[int, typer.Option(help="Fresh seeds that everything reported is measured on.", min=2)] = 10,
+    tuning_seeds: Annotated[int, typer.Option(help="Other seeds that settings are chosen on.", min=1)] = 3,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of a run.", min=10)] = 2000,
     batch_size: Annotated[int, typer.Option(help="Examples a step.", min=2)] = 60,
     target: Annotated[
         str, typer.Option(help="Validation accuracy to reach, in (0, 1); auto: 99 % of what the plain network reaches.")
@@ -124,28 +125,29 @@ def compare(
     from steadynorm.report import print_report, to_json
 
     chosen = STUDIES if studies is None else tuple(name.strip() for name in studies.split(",") if name.strip())
-    comparison = sn.compare(
-        data,
-        model,
-        label=label,
-        seeds=seeds,
-        steps=steps,
-        batch_size=batch_size,
-        target=_target(target),
-        optimizer=cast(Literal["sgd", "adam"], optimizer),
-        studies=chosen,
-        jobs=jobs,
-        out=out,
-        progress=not quiet,
-    )
+    try:
+        comparison = sn.compare(
+            data,
+            model,
+            label=label,
+            seeds=seeds,
+            tuning_seeds=tuning_seeds,
+            steps=steps,
+            batch_size=batch_size,
+            target=_target(target),
+            optimizer=cast(Literal["sgd", "adam"], optimizer),
+            studies=chosen,
+            jobs=jobs,
+            out=out,
+            progress=not quiet,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted. What has finished is in {out}; the same command goes on from there.", err=True)
+        raise typer.Exit(130) from None
     if as_json:
         typer.echo(to_json(comparison.results))
     else:
-        print_report(comparison.results)
-        typer.echo(f"\nThe whole report: {out / 'report.html'}")
-    if comparison.results["status"] == "interrupted":
-        typer.echo("Interrupted: what was finished is kept, and the same command goes on from there.", err=True)
-        raise typer.Exit(130)
+        print_report(comparison.results, report=str(out / "report.html"))
 
 
 def _target(text: str) -> float | Literal["auto"]:

@@ -140,6 +140,27 @@ def test_arms_can_be_chosen(table, tiny_model):
     assert [row["arm"] for row in found["summaries"]] == ["plain", "after"]
 
 
+class NoModules(torch.nn.Module):
+    """A network of the user's own: activations are functions, batch norm is where it says."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(5, 6), torch.nn.Linear(6, 3)
+        self.norm = norm(6) if norm else torch.nn.Identity()
+
+    def forward(self, x):
+        return self.b(torch.relu(self.norm(self.a(x))))
+
+
+def test_a_factory_of_the_user_s_own_is_compared_as_far_as_it_can_be(table):
+    studies = ("gradients", "drift", "dropout")
+    found = compare(table, NoModules, **{**SMALL, "studies": studies}).results
+    assert [arm["id"] for arm in found["arms"]] == ["plain", "norm"]
+    assert found["gradients"]
+    assert found["drift"] == found["regularization"] == []
+    assert [claim["verdict"] for claim in found["claims"] if claim["id"] == "regularisation"] == ["cannot tell"]
+
+
 def test_two_plain_arms_differ_by_chance_alone(table, tiny_model):
     again = Arm("before", "plain again", None, salt=1)
     found = compare(table, tiny_model, arms=(PLAIN, again), studies=("gradients",), **SMALL).results
@@ -172,7 +193,7 @@ def test_bad_arguments_are_errors_before_anything_is_written(table, tiny_model, 
     out = tmp_path / "out"
     with pytest.raises(ArgumentError, match="steps"):
         compare(table, tiny_model, out=out, **{**SMALL, "steps": 1})
-    with pytest.raises(ModelError, match="fails on a batch"):
+    with pytest.raises(ModelError, match="on a batch of shape"):
         compare(table, torch.nn.Sequential(torch.nn.Linear(9, 4), torch.nn.ReLU()), out=out, **SMALL)
     with pytest.raises(DataError):
         compare("no/such/file.csv", tiny_model, out=out, **SMALL)

@@ -78,6 +78,14 @@ def test_a_factory_that_returns_no_module_is_refused():
         resolve(lambda: 3).build((3,), 2)
 
 
+def test_a_factory_that_fails_is_one_clear_error():
+    def broken():
+        return {}["no such key"]
+
+    with pytest.raises(ModelError, match=r"calling .*broken failed at .*test_models\.py.*no such key"):
+        resolve(broken).build((3,), 2)
+
+
 def test_a_factory_is_found_by_its_path(tmp_path, monkeypatch):
     (tmp_path / "somenets.py").write_text("import torch\ndef make():\n    return torch.nn.Linear(2, 2)\n")
     monkeypatch.chdir(tmp_path)
@@ -128,7 +136,7 @@ def test_a_module_that_cannot_be_drawn_anew_is_refused():
 def test_an_output_of_another_shape_is_an_error():
     with pytest.raises(ModelError, match=r"\(N, 4\), got \(2, 3\)"):
         check_output(nn.Linear(5, 3), (5,), 4, "mine")
-    with pytest.raises(ModelError, match="fails on a batch of shape"):
+    with pytest.raises(ModelError, match=r"on a batch of shape \(2, 5\) failed"):
         check_output(nn.Linear(6, 4), (5,), 4, "mine")
     with pytest.raises(ModelError, match="got tuple"):
         check_output(nn.LSTM(5, 4), (1, 5), 4, "mine")

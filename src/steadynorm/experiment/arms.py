@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import Final, Literal, TypeAlias
 
+import torch
 from torch import nn
 from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 from steadynorm.errors import ArgumentError, ModelError
 from steadynorm.experiment.models import ModelSource
 
-__all__ = ["DEFAULT_ARMS", "Arm", "Init", "Where", "arms_for", "build", "is_activation", "is_weighted"]
+__all__ = ["DEFAULT_ARMS", "Arm", "Init", "Where", "arms_for", "build", "is_activation", "is_weighted", "takes_dropout"]
 
 Where: TypeAlias = Literal["before", "after", "own", "first"]
 Init: TypeAlias = Literal["default", "corrected", "critical"]
@@ -139,6 +140,12 @@ def insert_dropout(model: nn.Module, p: float) -> int:
             sequence.insert(position, nn.Dropout(p))
             inserted += 1
     return inserted
+
+
+def takes_dropout(source: ModelSource, input_shape: tuple[int, ...], classes: int) -> bool:
+    """Whether there is a hidden activation module that dropout could follow."""
+    with torch.random.fork_rng(devices=[]):
+        return insert_dropout(source.build(input_shape, classes), 0.5) > 0
 
 
 def _refuse_batch_norm(model: nn.Module, source: ModelSource) -> None:

@@ -20,6 +20,7 @@ from steadynorm.experiment.pipeline import best_normalised, blank_results, carry
 from steadynorm.experiment.problem import Problem
 from steadynorm.experiment.progress import Progress
 from steadynorm.experiment.runner import Runner, available_cores
+from steadynorm.experiment.search import INITS
 from steadynorm.experiment.settings import Settings
 from steadynorm.experiment.studies import STUDIES
 from steadynorm.experiment.train import Optimizer, RunSpec, train_model
@@ -190,13 +191,13 @@ def compare(
 
 
 def _describe(problem: Problem, arms: Sequence[Arm], results: Results) -> None:
-    """Builds every arm once, which finds a model that cannot be used before anything is trained."""
+    """Builds every arm in every way, which finds a model that cannot be used before anything is trained."""
     infos: list[ArmInfo] = []
     for arm in arms:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            network = build(problem.source, arm, problem.input_shape, problem.classes)
-        models.check_output(network, problem.input_shape, problem.classes, problem.source.name)
+            shape, classes = problem.input_shape, problem.classes
+            network, *_ = [build(problem.source, arm, shape, classes, init=init) for init in INITS]
+        models.check_output(network, shape, classes, problem.source.name)
         infos.append({"id": arm.id, "label": arm.label, "parameters": sum(p.numel() for p in network.parameters())})
         if arm is arms[0]:
             layers = [str(m) for m in network.modules() if is_weighted(m) or is_activation(m)]

@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any, Final, TypeAlias
 
@@ -113,7 +114,8 @@ class ModelSource:
             ModelError: The factory fails or returns something other than a module.
         """
         offered = {"norm": norm, "where": where, "input_shape": input_shape, "classes": classes}
-        model = self.make(**{name: offered[name] for name in _ASKED_BY_NAME if name in self.asks})
+        asked = {name: offered[name] for name in _ASKED_BY_NAME if name in self.asks}
+        model: object = user_code.call(partial(self.make, **asked), name=self.name, error=ModelError)
         if not isinstance(model, nn.Module):
             raise ModelError(
                 f"the factory {self.name} must return a torch.nn.Module, got {type(model).__name__}. "
@@ -232,14 +234,9 @@ def check_output(model: nn.Module, input_shape: tuple[int, ...], classes: int, n
     Raises:
         ModelError: It fails on such a batch, or its output has another shape.
     """
-    try:
-        with torch.no_grad():
-            output: object = model(torch.zeros(2, *input_shape))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ModelError(
-            f"the model {name} fails on a batch of shape {(2, *input_shape)}: {_first_line(str(error), repr(error))}. "
-            "Make its first layer fit the data."
-        ) from error
+    with torch.no_grad():
+        call = f"the model {name} on a batch of shape {(2, *input_shape)}"
+        output: object = user_code.call(model, torch.zeros(2, *input_shape), name=call, error=ModelError)
     if not isinstance(output, torch.Tensor) or output.shape != (2, classes):
         got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise ModelError(f"the model {name} must return scores of shape (N, {classes}), got {got} for N = 2.")

@@ -5,6 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from steadynorm.experiment import rows, studies
+from steadynorm.experiment.arms import takes_dropout
 from steadynorm.experiment.claims import judge
 from steadynorm.experiment.evidence import DropoutAccuracies, Evidence
 from steadynorm.experiment.lab import Lab, Measured, measure, tune
@@ -77,6 +78,7 @@ def carry_out(lab: Lab, settings: Settings, results: Results) -> Measured:
 
 
 def _studies(lab: Lab, measured: Measured, settings: Settings, findings: _Findings, results: Results) -> None:
+    problem = lab.runner.problem
     for study in (name for name in studies.STUDIES if name in settings.studies):
         lab.runner.progress.stage(study)
         match study:
@@ -90,6 +92,8 @@ def _studies(lab: Lab, measured: Measured, settings: Settings, findings: _Findin
                 results["timing"] = seconds_per_step(lab, measured)
             case "batch_size":
                 results["batch_sizes"] = studies.batch_sizes(lab, measured)
+            case "dropout" if not takes_dropout(problem.source, problem.input_shape, problem.classes):
+                pass  # the claim that rests on it then says that it was not measured
             case "dropout":
                 results["regularization"], findings.dropout = studies.regularization(lab, measured)
             case _:

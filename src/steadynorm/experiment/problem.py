@@ -18,7 +18,7 @@ Scaling: TypeAlias = Literal["as split", "wild", "wild, standardised"]
 """How features are presented: as `split` gives them; each raw one multiplied by its own 10^U(-3, 3); or those
 standardised again by the training part."""
 
-_KEPT_SPLITS: Final = 4
+_KEPT_SPLITS: Final = 2
 _splits: OrderedDict[tuple[str, int, Scaling], Split] = OrderedDict()
 
 

@@ -34,8 +34,19 @@ def run_key(spec: RunSpec, problem: Problem) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _train_keyed(key: str, spec: RunSpec, problem: Problem) -> tuple[str, Run]:
-    return key, train(spec, problem)
+_worker_problem: Problem | None = None
+
+
+def _start_worker(problem: Problem) -> None:
+    """Runs once per worker process: a large data set then travels there once, not with each run."""
+    global _worker_problem
+    _worker_problem = problem
+
+
+def _train_in_worker(key: str, spec: RunSpec) -> tuple[str, Run]:
+    if _worker_problem is None:
+        raise RuntimeError("a worker was not told its problem")
+    return key, train(spec, _worker_problem)
 
 
 def _read_log(path: Path) -> dict[str, Run]:
@@ -90,8 +101,8 @@ class Runner:
         """
         keys = [run_key(spec, self.problem) for spec in specs]
         missing = {key: spec for key, spec in zip(keys, specs, strict=True) if key not in self._known}
-        # The longest first leaves the workers least idle at the end of a batch of runs.
-        queue = sorted(missing.items(), key=lambda item: (-item[1].steps * item[1].batch_size, item[0]))
+        # The longest first leaves the workers least idle at the end; seed by seed, they find their split in memory.
+        queue = sorted(missing.items(), key=lambda item: (-item[1].steps * item[1].batch_size, item[1].seed, item[0]))
         self.progress.expect(len(queue))
         for key, run in self._train_all(queue):
             self._known[key] = run
@@ -102,15 +113,23 @@ class Runner:
     def _train_all(self, queue: Sequence[tuple[str, RunSpec]]) -> Iterator[tuple[str, Run]]:
         if self._jobs == 1 or len(queue) < 2:
             for key, spec in queue:
-                yield _train_keyed(key, spec, self.problem)
+                yield key, train(spec, self.problem)
             return
         from joblib import Parallel, delayed
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         pool: Any = Parallel
-        workers = pool(n_jobs=self._jobs, return_as="generator_unordered", batch_size=1, inner_max_num_threads=1)
+        workers = pool(
+            n_jobs=self._jobs,
+            backend="loky",
+            return_as="generator_unordered",
+            batch_size=1,
+            inner_max_num_threads=1,
+            initializer=_start_worker,
+            initargs=(self.problem,),
+        )
         try:
-            yield from workers(delayed(_train_keyed)(key, spec, self.problem) for key, spec in queue)
+            yield from workers(delayed(_train_in_worker)(key, spec) for key, spec in queue)
         except TerminatedWorkerError as error:
             raise SteadynormError(
                 "a worker process was killed from outside, perhaps for want of memory. What had finished is kept where "
