@@ -150,7 +150,7 @@ def broken(norm=None):
     [
         (lambda norm=None: nn.Linear(64, 10), "the weights do not fit the network that own:net builds"),
         (lambda norm=None: own_net(norm).double(), "is torch.float32, not torch.float64"),
-        (broken, "the model factory 'broken' failed at .*: KeyError: 'gone'"),
+        (broken, "calling broken failed at .*: KeyError: 'gone'"),
         ("nowhere_at_all:f", "importing 'nowhere_at_all'"),
         ("no-such-name", "model must be one of"),
     ],

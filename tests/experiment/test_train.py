@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from steadynorm.experiment import train as train_module
 from steadynorm.experiment.arms import BEFORE, PLAIN, Arm
 from steadynorm.experiment.models import resolve
 from steadynorm.experiment.problem import Problem
@@ -72,9 +73,31 @@ def test_another_spec_gives_another_run(problem, change):
     assert train(SPEC, problem).curve != train(replace(SPEC, **change), problem).curve
 
 
-def test_a_salt_changes_order_and_initialisation_but_not_the_split(problem):
+def test_a_salt_changes_order_and_initialisation(problem):
     first, again = (train_model(replace(SPEC, steps=1, arm=Arm("x", "x", None, salt)), problem)[1] for salt in (0, 1))
     assert not torch.equal(first[1].weight, again[1].weight)
+
+
+def test_the_name_of_an_arm_changes_nothing(problem):
+    assert train(replace(SPEC, arm=Arm("other", "other")), problem) == train(SPEC, problem)
+
+
+def test_all_arms_of_a_seed_start_from_the_same_weights_and_see_the_same_batches(problem, monkeypatch):
+    seen = {}
+
+    class Watched(Step):
+        def __call__(self, x, y):
+            seen.setdefault(arm.id, []).append(x)
+            return super().__call__(x, y)
+
+    monkeypatch.setattr(train_module, "Step", Watched)
+    weights = {}
+    for arm in (PLAIN, BEFORE):
+        model = train_model(replace(SPEC, arm=arm, lr=1e-30, dropout=0.2), problem)[1]
+        weights[arm.id] = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    assert all(torch.equal(a, b) for a, b in zip(seen["plain"], seen["before"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights["plain"], weights["before"], strict=True))
+    assert len(seen["plain"]) == 40
 
 
 def test_training_leaves_random_state_and_threads_as_they_were(problem):

@@ -7,10 +7,10 @@ from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import nn
-from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 from steadynorm.errors import ArgumentError, ModelError
 from steadynorm.experiment.models import ModelSource
+from steadynorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __all__ = ["DEFAULT_ARMS", "Arm", "Init", "Where", "arms_for", "build", "is_activation", "is_weighted", "takes_dropout"]
 
@@ -18,6 +18,7 @@ Where: TypeAlias = Literal["before", "after", "own", "first"]
 Init: TypeAlias = Literal["default", "corrected", "critical"]
 
 _NORMS: Final = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
+_ANY_NORM: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _DIMS: Final[dict[type[nn.Module], int]] = {nn.Linear: 1, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _NOT_ELEMENTWISE: Final = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
 _KEEPS_CHANNELS: Final = (
@@ -109,7 +110,7 @@ def _hidden_activations(sequence: nn.Sequential) -> list[tuple[int, int]]:
         elif is_activation(module) and layer is not None:
             pairs.append((layer, position))
             layer = None
-        elif not isinstance(module, (*_KEEPS_CHANNELS, *_NORMS.values())):
+        elif not isinstance(module, (*_KEEPS_CHANNELS, *_ANY_NORM)):
             layer = None
     return pairs[::-1]
 
@@ -135,7 +136,7 @@ def insert_dropout(model: nn.Module, p: float) -> int:
     for sequence in _sequentials(model):
         for _, activation in _hidden_activations(sequence):
             position = activation + 1
-            while position < len(sequence) and isinstance(sequence[position], tuple(_NORMS.values())):
+            while position < len(sequence) and isinstance(sequence[position], _ANY_NORM):
                 position += 1
             sequence.insert(position, nn.Dropout(p))
             inserted += 1

@@ -17,7 +17,7 @@ __all__ = ["LOG_NAME", "Runner", "available_cores", "run_key"]
 
 LOG_NAME: Final = "runs.jsonl"
 
-_KEY_VERSION: Final = 1
+_KEY_VERSION: Final = 2
 """Raised whenever `train` changes so that the same spec gives other numbers."""
 
 
