@@ -91,10 +91,11 @@ def test_ctrl_c_says_what_is_kept(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("steadynorm.compare", interrupted, raising=False)
-    done = steadynorm("compare", "--out", tmp_path)
+    monkeypatch.setattr("steadynorm.experiment.comparison.carry_out", interrupted)
+    done = steadynorm("compare", "--out", tmp_path, "--quiet")
     assert done.code == 130
     assert str(tmp_path) in done.err.replace("\n", "")
+    assert json.loads((tmp_path / "results.json").read_text())["status"] == "interrupted"
 
 
 BAD = {

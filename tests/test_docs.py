@@ -1,6 +1,7 @@
 """The examples in the site's pages and in the README run, and print what the page says they print."""
 
 import doctest
+import importlib.util
 import re
 from pathlib import Path
 
@@ -37,7 +38,16 @@ def test_examples_of_the_page_run(page: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_the_claims_page_states_what_the_code_judges_by():
     page = (ROOT / "docs/learn/claims.md").read_text(encoding="utf-8")
-    rows = [line for line in page.splitlines() if line.startswith("| ")][2:]
+    rows = [line for line in page.partition("## Measured")[0].splitlines() if line.startswith("| ")][2:]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [statement.claim for statement in STATEMENTS]
     for row, statement in zip(rows, STATEMENTS, strict=True):
         assert re.search(rf"\b{statement.smallest_effect:g}\b", row.split(" | ")[2]), statement.id
+
+
+@pytest.mark.parametrize(("path", "page"), [("README.md", "readme"), ("docs/learn/claims.md", "claims")])
+def test_the_measured_tables_say_what_the_measurements_do(path: str, page: str):
+    spec = importlib.util.spec_from_file_location("measured", ROOT / "benchmarks" / "measured.py")
+    measured = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measured)
+    written = re.search(r"<!-- measured -->\n(.*?)<!-- /measured -->", (ROOT / path).read_text(), re.DOTALL)
+    assert written[1] == measured.block(page), "run python benchmarks/measured.py"

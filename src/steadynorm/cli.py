@@ -125,29 +125,28 @@ def compare(
     from steadynorm.report import print_report, to_json
 
     chosen = STUDIES if studies is None else tuple(name.strip() for name in studies.split(",") if name.strip())
-    try:
-        comparison = sn.compare(
-            data,
-            model,
-            label=label,
-            seeds=seeds,
-            tuning_seeds=tuning_seeds,
-            steps=steps,
-            batch_size=batch_size,
-            target=_target(target),
-            optimizer=cast(Literal["sgd", "adam"], optimizer),
-            studies=chosen,
-            jobs=jobs,
-            out=out,
-            progress=not quiet,
-        )
-    except KeyboardInterrupt:
-        typer.echo(f"\nInterrupted. What has finished is in {out}; the same command goes on from there.", err=True)
-        raise typer.Exit(130) from None
+    comparison = sn.compare(
+        data,
+        model,
+        label=label,
+        seeds=seeds,
+        tuning_seeds=tuning_seeds,
+        steps=steps,
+        batch_size=batch_size,
+        target=_target(target),
+        optimizer=cast(Literal["sgd", "adam"], optimizer),
+        studies=chosen,
+        jobs=jobs,
+        out=out,
+        progress=not quiet,
+    )
     if as_json:
         typer.echo(to_json(comparison.results))
     else:
-        print_report(comparison.results, report=str(out / "report.html"))
+        print_report(comparison.results, report=out / "report.html")
+    if comparison.results["status"] == "interrupted":
+        typer.echo(f"\nInterrupted. What has finished is in {out}; the same command goes on from there.", err=True)
+        raise typer.Exit(130)
 
 
 def _target(text: str) -> float | Literal["auto"]:

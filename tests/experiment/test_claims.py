@@ -192,7 +192,7 @@ def test_neither_arrives():
     for name in ("steps", "time"):
         c = next(c for c in found if c["id"] == name)
         assert (c["estimate"], c["interval"], c["verdict"]) == (None, [None, None], "cannot tell")
-        assert "Too few runs of either network reached 96.0%" in c["explanation"]
+        assert "Too few runs of either network reached 96.0 %" in c["explanation"]
 
 
 # --- accuracy -------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from steadynorm.experiment.arms import Arm
 from steadynorm.experiment.comparison import Comparison, compare
+from steadynorm.experiment.saved import load_model
 from steadynorm.experiment.studies import STUDIES
 
-__all__ = ["STUDIES", "Arm", "Comparison", "compare"]
+__all__ = ["STUDIES", "Arm", "Comparison", "compare", "load_model"]

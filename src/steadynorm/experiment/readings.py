@@ -217,10 +217,13 @@ def _logs(interval: Bounds) -> Bounds:
 
 def _steps_needed(row: Ratio) -> str:
     if row["ratio"] is None:
-        return f"Too few runs of either network reached {row['target']:.1%} validation accuracy to compare their steps"
+        return (
+            f"Too few runs of either network reached {100 * row['target']:.1f} % validation accuracy to compare "
+            "their steps"
+        )
     bound = f"{row['method']} " if row["method"] in (AT_LEAST, AT_MOST) else ""
     return (
-        f"To {row['target']:.1%} validation accuracy the plain network needed {bound}{row['ratio']:.2f} times "
+        f"To {100 * row['target']:.1f} % validation accuracy the plain network needed {bound}{row['ratio']:.2f} times "
         f"the steps of batch norm ({_between(row['interval'])})"
     )
 
