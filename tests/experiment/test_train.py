@@ -143,6 +143,12 @@ def test_a_diverging_run_stops_and_says_when(problem):
     assert len(run.curve) < 30
 
 
+def test_a_batch_normalised_run_that_diverges_does_so_without_a_warning(problem):
+    """Its layers refuse to remember what is not finite and would say so at each; warnings are errors in these tests."""
+    run = train(replace(SPEC, arm=BEFORE, lr=1e30, steps=400), problem)
+    assert run.diverged_at is not None
+
+
 def test_a_loss_that_is_not_finite_counts_at_once():
     watch = _Divergence(10)
     assert [watch(loss) for loss in (2.3, math.inf)] == [False, True]

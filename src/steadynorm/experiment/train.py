@@ -1,6 +1,7 @@
 """One training run: deterministic in its `RunSpec`, on one thread, whatever runs beside it."""
 
 import math
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steadynorm.errors import RejectedBatchWarning
 from steadynorm.experiment import probes
 from steadynorm.experiment.arms import Arm, Init, build
 from steadynorm.experiment.problem import Problem, Scaling, derived_seed
@@ -194,7 +196,9 @@ def _seeded_model(spec: RunSpec, problem: Problem) -> nn.Module:
 
 def train_model(spec: RunSpec, problem: Problem) -> tuple[Run, nn.Module]:
     """Trains one network as `train` does and also returns it."""
-    with single_thread(), torch.random.fork_rng(devices=[]):
+    with single_thread(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # A run that diverges hands its batch norms batches that are not finite; `diverged_at` says so already.
+        warnings.simplefilter("ignore", RejectedBatchWarning)
         model = _seeded_model(spec, problem)
         parts = problem.split(spec.seed, spec.scaling)
         return _train(spec, model, parts, problem.classes), model
