@@ -74,6 +74,14 @@ def test_the_corrected_initialisation_is_he_s():
     assert all(not m.bias.any() for m in linears)
 
 
+def test_the_critical_initialisation_keeps_the_gradient():
+    # sigmoid: 1 / sqrt(E[f'^2]) = 4.7226, where the signal's gain is 1.8462 (tests/init checks both against mpmath)
+    model = seeded(PLAIN, "sigmoid-mlp", init="critical")
+    hidden = torch.cat([m.weight.flatten() for m in model.modules() if isinstance(m, nn.Linear)][1:-1])
+    # 20,000 draws: the standard error of their standard deviation is 0.5 % of it.
+    assert hidden.std().item() == pytest.approx(4.7226 / 10, rel=0.02)
+
+
 def test_the_default_initialisation_is_torch_s():
     model = seeded(PLAIN)
     weight = model[3].weight
