@@ -70,7 +70,21 @@ def test_explain_reads_several_features(steadynorm: Callable[..., Done], tmp_pat
 
 def test_compare_hands_its_options_on_and_prints_the_report(steadynorm: Callable[..., Done], tmp_path: Path) -> None:
     """A real comparison, as small as one can be: two seeds, ten steps, no studies."""
-    small = ("--seeds", 2, "--tuning-seeds", 1, "--steps", 10, "--studies", "", "--jobs", 1, "--quiet")
+    small = (
+        "--seeds",
+        2,
+        "--tuning-seeds",
+        1,
+        "--steps",
+        10,
+        "--arms",
+        "plain,after",
+        "--studies",
+        "",
+        "--jobs",
+        1,
+        "--quiet",
+    )
     done = steadynorm("compare", *small, "--target", 0.5, "--out", tmp_path)
     assert done.code == 0
     assert str(tmp_path / "report.html") in done.out.replace("\n", "")
@@ -78,6 +92,7 @@ def test_compare_hands_its_options_on_and_prints_the_report(steadynorm: Callable
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["status"] == "complete"
     assert results["target"] == 0.5
+    assert [arm["id"] for arm in results["arms"]] == ["plain", "after"]
     assert {**results["settings"], "seeds": 2, "tuning_seeds": 1, "steps": 10} == results["settings"]
 
     again = steadynorm("compare", *small, "--target", 0.5, "--out", tmp_path, "--json")
@@ -112,6 +127,8 @@ BAD = {
     "a target that is none": ("compare", "--target", "high"),
     "a target out of range": ("compare", "--target", "1.5"),
     "no such optimizer": ("compare", "--optimizer", "lion"),
+    "no such arm": ("compare", "--arms", "plain,beside"),
+    "no plain arm": ("compare", "--arms", "before,after"),
     "no such study": ("compare", "--studies", "astrology"),
     "seeds below one": ("compare", "--seeds", "0"),
 }

@@ -15,7 +15,6 @@ BUILT_IN = {
     "UnknownActivationError": ValueError,
     "DtypeError": TypeError,
     "DeviceError": ValueError,
-    "BackendError": RuntimeError,
     "DataError": ValueError,
     "ModelError": ValueError,
     "MissingDependencyError": ImportError,

@@ -7,12 +7,15 @@ is kept).
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 import steadynorm as sn
 from steadynorm.errors import ArgumentError, SteadynormError
+
+if TYPE_CHECKING:
+    from steadynorm.experiment import Arm
 
 __all__ = ["app", "main"]
 
@@ -103,6 +106,9 @@ def compare(
         str, typer.Option(help="Validation accuracy to reach, in (0, 1); auto: 99 % of what the plain network reaches.")
     ] = "auto",
     optimizer: Annotated[str, typer.Option(help="sgd or adam.")] = "sgd",
+    arms: Annotated[
+        str | None, typer.Option(help="Arms: plain, and before, after or both, separated by commas; by default all.")
+    ] = None,
     studies: Annotated[
         str | None,
         typer.Option(help="Which studies beside the comparison itself, separated by commas; all by default."),
@@ -135,6 +141,7 @@ def compare(
         batch_size=batch_size,
         target=_target(target),
         optimizer=cast(Literal["sgd", "adam"], optimizer),
+        arms=None if arms is None else _arms(arms),
         studies=chosen,
         jobs=jobs,
         out=out,
@@ -147,6 +154,15 @@ def compare(
     if comparison.results["status"] == "interrupted":
         typer.echo(f"\nInterrupted. What has finished is in {out}; the same command goes on from there.", err=True)
         raise typer.Exit(130)
+
+
+def _arms(text: str) -> "tuple[Arm, ...]":
+    from steadynorm.experiment.arms import DEFAULT_ARMS
+
+    wanted, known = {name.strip() for name in text.split(",")}, {arm.id: arm for arm in DEFAULT_ARMS}
+    if not (wanted <= known.keys() and "plain" in wanted and len(wanted) > 1):
+        raise ArgumentError(f"--arms must be plain and at least one other of {', '.join(known)}, got {text!r}.")
+    return tuple(arm for arm in DEFAULT_ARMS if arm.id in wanted)
 
 
 def _target(text: str) -> float | Literal["auto"]:

@@ -8,7 +8,6 @@
     │   └── UnknownActivationError          an activation that cannot be fused
     ├── DtypeError (TypeError)              a dtype that has no batch statistics, or a mixture of them
     ├── DeviceError (ValueError)            tensors on different devices
-    ├── BackendError (RuntimeError)         a backend asked for by name that is not there
     ├── DataError (ValueError)              a file or data set that cannot be read as asked
     ├── ModelError (ValueError)             a model, factory or saved model that cannot be used as asked
     └── MissingDependencyError (ImportError)  an optional extra that is not installed
@@ -22,7 +21,6 @@ kind that a caller would have caught before, so `except ValueError` around a lay
 
 __all__ = [
     "ArgumentError",
-    "BackendError",
     "DataError",
     "DeviceError",
     "DtypeError",
@@ -68,10 +66,6 @@ class DtypeError(SteadynormError, TypeError):
 
 class DeviceError(SteadynormError, ValueError):
     """Tensors that must be on one device are on several."""
-
-
-class BackendError(SteadynormError, RuntimeError):
-    """A backend was asked for by name and is not available here."""
 
 
 class DataError(SteadynormError, ValueError):

@@ -57,14 +57,14 @@ def batch_norm(
         bias: β, (C,), or None for 0.
         training: Normalise by the batch's own statistics and commit them.
         momentum: The share of the new batch in the running statistics: r <- (1 - momentum) r + momentum m.
-        eps: ε, added to the variance.
+        eps: ε >= 0, added to the variance; with 0 a constant channel gives NaN.
         activation: f, by name or as a `torch.nn` module (see `steadynorm.activations`); None for the identity.
         residual: Added before the activation; x's shape.
         mask: Boolean, broadcastable to the positions (N, *) from the batch axis on. Where False the position takes no
             part in the statistics, its output is 0 and no gradient flows through it; x may hold NaN there.
         sample_weight: Weights >= 0, broadcastable likewise: how often each position counts in the statistics; every
-            position gets its output. Weights are repetitions, so a batch whose weights sum to 1 or less has no unbiased
-            variance and is not committed: scale them to a mean of 1.
+            position gets its output. Weights are repetitions, so a batch whose weights sum to less than 2 has no usable
+            unbiased variance and is not committed: scale them to a mean of 1. No gradient flows to them.
         channel_dim: The axis of the channels; -1 for channels last.
 
     Returns:
@@ -90,7 +90,8 @@ def batch_norm(
         mask=mask, sample_weight=sample_weight, channel_dim=channel_dim, several_values=True,
     )  # fmt: skip
     if statistics is not None and running_mean is not None and running_var is not None:
-        warn_if(commit(running_mean, running_var, statistics, momentum), "batch_norm")
+        weighted = sample_weight is not None
+        warn_if(commit(running_mean, running_var, statistics, momentum, weighted=weighted), "batch_norm")
     return y
 
 
@@ -115,7 +116,7 @@ def batch_norm_with_moments(
         input: x, (N, C, *), floating.
         weight: γ, (C,), or None for 1.
         bias: β, (C,), or None for 0.
-        eps: ε, added to the biased variance.
+        eps: ε >= 0, added to the biased variance; with 0 a constant channel gives NaN.
         activation: As in `batch_norm`.
         residual: As in `batch_norm`.
         mask: As in `batch_norm`.
@@ -171,27 +172,28 @@ def run(
         raise ArgumentError(f"eps must be >= 0, got {eps}.")
     spec = Train(layout, eps, resolve(activation))
     valid = None if mask is None else _checked_mask(mask, x, spec.layout)
+    weights = None if sample_weight is None else checked_weight(sample_weight, x, spec.layout, "sample_weight")
     if not training:
         if running_mean is None or running_var is None:
             raise ArgumentError("evaluation needs running_mean and running_var; pass them, or training=True.")
         return _normalize_by_running(x, running_mean, running_var, weight, bias, residual, valid, spec), None
-    if several_values and mask is None:
+    if several_values:
         require_several_values(x, spec.layout)
     position_weight = valid
-    if sample_weight is not None:
-        position_weight = checked_weight(sample_weight, x, spec.layout, "sample_weight")
-        if valid is not None:
-            position_weight = torch.where(valid, position_weight, 0)
+    if weights is not None:
+        position_weight = weights if valid is None else torch.where(valid, weights, 0)
     return autograd.train(x, weight, bias, residual, position_weight, valid, spec)
 
 
-def require_several_values(x: Tensor, layout: Layout, what: str = "batch_norm", ways_out: str = "") -> None:
+def require_several_values(
+    x: Tensor, layout: Layout, what: str = "batch_norm", ways_out: str = "switch to evaluation"
+) -> None:
     """Refuses a training batch of one value per channel: its variance is 0 whatever it holds."""
     if layout.count == 1:
         raise SingleValueError(
-            f"{what}: training needs more than one value per channel, got an input of shape {tuple(x.shape)}. "
-            f"Use a larger batch (DataLoader(drop_last=True) drops a last batch of one), switch to evaluation with "
-            f"model.eval(){ways_out}."
+            f"{what}: normalising by the batch needs more than one value per channel, got an input of shape "
+            f"{tuple(x.shape)}. Use a larger batch (DataLoader(drop_last=True) drops a last batch of one), or "
+            f"{ways_out}."
         )
 
 
@@ -199,8 +201,9 @@ def warn_if(refused: Tensor | bool, where: object) -> None:
     """Says that a batch was kept out of the running statistics, where that can be read without waiting for a device."""
     if refused is True:
         warnings.warn(
-            f"{where}: a batch with non-finite statistics (or a variance too large for the buffer's dtype) was not "
-            "committed: the running statistics stay as they were. Look for inf or NaN in the layer's input.",
+            f"{where}: a batch with non-finite statistics (or a variance too large for the buffer's dtype, or sample "
+            "weights that sum to less than 2) was not committed: the running statistics stay as they were. Look for "
+            "inf or NaN in the layer's input, and scale sample weights to a mean of 1.",
             RejectedBatchWarning,
             stacklevel=3,
         )

@@ -193,3 +193,9 @@ def test_unusable_lists_of_arms_are_refused(arms):
 def test_a_null_experiment_may_have_two_plain_arms():
     arms = (PLAIN, Arm("before", "plain again", None, salt=1))
     assert arms_for(resolve("relu-mlp"), arms) == arms
+
+
+def test_a_factory_that_drops_the_norm_it_was_handed_is_refused():
+    source = resolve(lambda norm=None: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    with pytest.raises(ModelError, match="without one"):
+        build(source, OWN, (1, 8, 8), 10)

@@ -282,7 +282,7 @@ def test_regularisation_asks_whether_there_was_a_need(gains_plain, gains, expect
     found = claim("regularisation", dropout=dropout)
     assert found["verdict"] == expected
     harm = gains_plain[0] < 0 and gains[0] < 0
-    assert ("Neither can gain 0.5 points" in found["explanation"]) == (harm and expected != "cannot tell")
+    assert ("neither gains 0.5 points" in found["explanation"]) == (harm and expected != "cannot tell")
     assert ("not clear" in found["explanation"]) == (expected == "cannot tell")
 
 
@@ -292,20 +292,21 @@ def test_regularisation_asks_whether_there_was_a_need(gains_plain, gains, expect
 @pytest.mark.parametrize(
     ("per_step", "steps", "expected"),
     [
-        ((1.06, 1.4), (1.25, 4.0), "supported"),
-        ((1.05, 1.4), (1.25, 4.0), "cannot tell"),  # 5 % slower is the boundary, not beyond it
-        ((0.9, 1.05), (1.25, 4.0), "contradicted"),  # not slower per step
-        ((1.06, 1.4), (0.5, 0.79), "contradicted"),  # slower to learn
-        ((1.06, 1.4), (0.9, 1.1), "no material difference"),
-        ((0.9, 1.4), (0.9, 1.1), "no material difference"),
-        ((1.06, 1.4), (1.1, 4.0), "cannot tell"),
-        ((None, None), (1.25, 4.0), "cannot tell"),
+        # Seconds per step are 1.2 times as many: steps of the geometric mean r give r / 1.2 in seconds.
+        ((1.06, 1.4), (2.0, 4.0), "supported"),  # seconds from 1.61
+        ((1.05, 1.4), (2.0, 4.0), "cannot tell"),  # 5 % slower is the boundary, not beyond it
+        ((0.9, 1.05), (2.0, 4.0), "contradicted"),  # not slower per step
+        ((1.06, 1.4), (0.5, 0.6), "contradicted"),  # slower to learn: seconds up to 0.53
+        ((1.06, 1.4), (1.15, 1.25), "no material difference"),  # seconds 0.85 to 1.13
+        ((1.04, 1.4), (1.15, 1.25), "no material difference"),
+        ((1.06, 1.4), (1.25, 4.0), "cannot tell"),  # enough in steps, not in seconds: from 1.02
+        ((None, None), (2.0, 4.0), "cannot tell"),
     ],
 )
 def test_time_needs_both_halves(per_step, steps, expected):
     found = claim("time", ratios=[ratio(*steps)], timing=[timing(*per_step, 1.2)])
     assert found["verdict"] == expected
-    halves = (found["details"]["seconds_per_step"]["verdict"], found["details"]["steps"]["verdict"])
+    halves = (found["details"]["seconds_per_step"]["verdict"], found["details"]["seconds_to_target"]["verdict"])
     assert f'"slower per step": {halves[0]}' in found["explanation"]
     assert f'"faster to learn": {halves[1]}' in found["explanation"]
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from steadynorm.experiment.arms import BEFORE, build
 from steadynorm.experiment.models import resolve
-from steadynorm.experiment.probes import Recorder, gradient_norms, spread_decades, verdict
+from steadynorm.experiment.probes import Recorder, _input_percentiles, gradient_norms, spread_decades, verdict
 from steadynorm.experiment.split import Split
 
 
@@ -139,3 +139,14 @@ def test_gradients_are_taken_at_start_middle_and_end():
         "middle": 5,
         "end": 10,
     }
+
+
+def test_inplace_activations_change_nothing_of_what_is_seen():
+    """The gradients at a layer's output, and the inputs of the last activation, before it overwrites them."""
+    torch.manual_seed(0)
+    linears = nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+    apart = nn.Sequential(linears[0], nn.ReLU(), linears[1], nn.ReLU(), linears[2])
+    inplace = nn.Sequential(linears[0], nn.ReLU(inplace=True), linears[1], nn.ReLU(inplace=True), linears[2])
+    x, y = torch.randn(16, 3), torch.randint(2, (16,))
+    assert gradient_norms(apart, x, y) == gradient_norms(inplace, x, y)
+    assert torch.equal(_input_percentiles(apart, x), _input_percentiles(inplace, x))

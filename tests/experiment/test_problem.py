@@ -65,3 +65,18 @@ def test_splits_do_not_depend_on_what_was_asked_before(problem):
     for seed in range(1, 8):
         problem.split(seed)
     assert torch.equal(problem.split(0).x_train, wanted)
+
+
+def _factory(place):
+    def build(norm=None):
+        layers = [nn.Linear(5, 8), *([norm(8)] if norm and place == 0 else []), nn.ReLU()]
+        return nn.Sequential(*layers, *([norm(8)] if norm and place == 1 else []), nn.Linear(8, 2))
+
+    return build
+
+
+def test_a_network_that_changes_where_its_name_and_form_do_not_is_another_problem(blobs):
+    """Resuming finished runs of the one for the other would report a network that was never trained."""
+    one, same, other = (Problem.of(blobs, resolve(_factory(place))) for place in (0, 0, 1))
+    assert one.fingerprint == same.fingerprint
+    assert one.fingerprint != other.fingerprint

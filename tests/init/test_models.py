@@ -234,3 +234,16 @@ def test_preserving_the_gradient_takes_the_derivative_s_gain() -> None:
     done = init.initialize_(net, preserve="gradient", generator=torch.Generator().manual_seed(0))
     assert [round(row.gain, 4) for row in done.layers] == [4.7226, 1.0]
     assert net[0].weight.std().item() == pytest.approx(4.7226 / 20, rel=0.02)
+
+
+def test_a_prelu_with_a_slope_per_channel_has_its_gain():
+    # 1 / sqrt((1 + a^2) / 2) at the default slope a = 1/4
+    done = init.initialize_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.Conv2d(8, 4, 3)))
+    assert done.layers[0].gain == pytest.approx((2 / (1 + 1 / 16)) ** 0.5)
+
+
+def test_a_tied_weight_that_was_drawn_is_not_called_untouched():
+    embedding, head = nn.Embedding(20, 6), nn.Linear(6, 20)
+    head.weight = embedding.weight
+    done = init.initialize_(nn.Sequential(embedding, head))
+    assert done.untouched == ()

@@ -1,6 +1,7 @@
 """When a layer writes its running statistics, what it refuses, and how it says so."""
 
 import copy
+import math
 import pickle
 import warnings
 
@@ -10,6 +11,8 @@ from torch import nn
 
 import steadynorm as sn
 from steadynorm.errors import ArgumentError, RejectedBatchWarning, SingleValueError, WeightError
+from steadynorm.ops.commit import commit
+from steadynorm.ops.reference import Statistics
 from support import assert_close, stats
 
 
@@ -154,7 +157,9 @@ class TestSingleValue:
         with pytest.raises(SingleValueError) as caught:
             layer(torch.ones(shape))
         message = str(caught.value)
-        for part in (repr(layer), str(tuple(shape)), "drop_last=True", "eval()", '"running"', '"beta"'):
+        tracks = layer.track_running_stats
+        ways_out = ("eval()", '"running"', '"beta"') if tracks else ('"beta"', "track_running_stats=True")
+        for part in (repr(layer), str(tuple(shape)), "drop_last=True", *ways_out):
             assert part in message
         assert layer.num_batches_tracked is None or layer.num_batches_tracked.item() == 0
 
@@ -193,3 +198,44 @@ class TestSingleValue:
             sn.BatchNorm1d(2, single_value="no")
         with pytest.raises(ArgumentError, match=r"needs track_running_stats=True"):
             sn.BatchNorm1d(2, single_value="running", track_running_stats=False)
+
+
+class TestSampleWeights:
+    @pytest.mark.parametrize("total", [0.5, 1.0, 1 + 1e-7, 1.9])
+    def test_weights_that_sum_to_less_than_two_are_not_committed_and_said(self, total):
+        # softmax weights sum to 1 up to rounding: m2 / (n - 1) would then be anything up to infinity
+        layer = sn.BatchNorm1d(2)
+        weight = torch.full((4,), total / 4, dtype=torch.float64)
+        with pytest.warns(RejectedBatchWarning, match="mean of 1"):
+            layer(torch.randn(4, 2), sample_weight=weight)
+        assert layer.rejected_batches == 1
+        assert layer.running_var.tolist() == [1, 1]
+        assert layer.num_batches_tracked.item() == 0
+
+    def test_they_are_refused_on_a_device_too(self, monkeypatch):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        statistics = Statistics(*(torch.full((2,), v, dtype=torch.float64) for v in (1 + 1e-7, 0.0, 3.0)))
+        mean, variance, rejected = torch.zeros(2), torch.ones(2), torch.tensor(0)
+        assert commit(mean, variance, statistics, 0.1, rejected=rejected, weighted=True).item()
+        assert (variance.tolist(), rejected.item()) == ([1, 1], 1)
+        assert not commit(mean, variance, statistics, 0.1, rejected=rejected).item()  # a batch of one is no mistake
+
+    def test_they_are_checked_in_evaluation_too(self):
+        with pytest.raises(WeightError):
+            sn.BatchNorm1d(2).eval()(torch.randn(3, 2), sample_weight=torch.tensor([1.0, -1.0, 1.0]))
+
+
+@pytest.mark.parametrize("single_value", ["error", "running"])
+def test_a_mask_does_not_hide_a_batch_of_one(single_value):
+    layer, x = sn.BatchNorm1d(2, single_value=single_value), torch.tensor([[3.0, -2.0]])
+    if single_value == "error":
+        with pytest.raises(SingleValueError):
+            layer(x, mask=torch.tensor([True]))
+    else:  # running statistics 0 and 1
+        assert_close(layer(x, mask=torch.tensor([True])), x.numpy() / math.sqrt(1 + 1e-5), "output")
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan")])
+def test_a_momentum_that_is_no_share_is_refused(momentum):
+    with pytest.raises(ArgumentError, match="momentum"):
+        sn.BatchNorm1d(2, momentum=momentum)

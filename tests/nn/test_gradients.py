@@ -8,7 +8,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 import steadynorm as sn
 from steadynorm.functional import batch_norm_with_moments
-from support import ACTIVATIONS, assert_close, batch_norm, central_differences
+from support import ACTIVATIONS, assert_close, batch_norm, central_differences, normalized
 
 ALL = [None, *ACTIVATIONS]
 
@@ -205,3 +205,17 @@ def test_the_gradient_penalty_of_a_whole_network():
         return grad(net(x), x, upstream, create_graph=True)[0].square().sum()
 
     assert gradcheck(penalty, (rand(6, 3, seed=2).requires_grad_(),))
+
+
+def test_create_graph_with_frozen_inputs():
+    """Only a residual, or only gamma beside a returned mean, is left to differentiate."""
+    x, residual = torch.randn(5, 2), torch.randn(5, 2).requires_grad_()
+    y = sn.functional.batch_norm(x, None, None, training=True, residual=residual)
+    (g,) = torch.autograd.grad((y * y).sum(), residual, create_graph=True)
+    assert torch.equal(g, 2 * y)
+    gamma = torch.randn(2).requires_grad_()
+    y, moments = sn.functional.batch_norm_with_moments(x, gamma)
+    upstream = torch.randn(5, 2)
+    (g,) = torch.autograd.grad((y * upstream).sum() + moments.mean.sum(), gamma, create_graph=True)
+    expected = (upstream.numpy() * normalized(x, *(x.numpy().mean(0), x.numpy().var(0)))).sum(0)
+    assert_close(g, expected, "gradient")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import steadynorm as sn
+from steadynorm.errors import ArgumentError, RejectedBatchWarning
 from support import ACTIVATIONS, assert_close, batch_norm, normalized, stats
 
 
@@ -63,7 +64,8 @@ class TestCompile:
         bad = rand(4, 2)
         bad[1, 0] = float("inf")
         step(bad)
-        assert layer.rejected_batches == 1
+        with pytest.warns(RejectedBatchWarning, match="1 batches"):  # the graph cannot; the next to read the count does
+            assert layer.rejected_batches == 1
         assert layer.num_batches_tracked.item() == 0
         assert layer.running_mean.tolist() == [0, 0]
         step(rand(4, 2))
@@ -117,3 +119,16 @@ class TestFx:
     def test_the_root_itself_can_be_a_sequence(self):
         traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 3), sn.BatchNorm1d(3), nn.ReLU()))
         assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+
+
+def test_a_layer_at_the_root_of_a_trace_says_what_to_do():
+    with pytest.raises(ArgumentError, match=r"nn.Sequential\(layer\)"):
+        torch.fx.symbolic_trace(sn.BatchNorm1d(2))
+
+
+def test_a_training_step_can_be_rehearsed_on_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layer = sn.BatchNorm1d(3)
+        assert layer(torch.randn(4, 3)).shape == (4, 3)

@@ -12,7 +12,18 @@ from steadynorm.errors import ArgumentError, ModelError
 from steadynorm.experiment.models import ModelSource
 from steadynorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["DEFAULT_ARMS", "Arm", "Init", "Where", "arms_for", "build", "is_activation", "is_weighted", "takes_dropout"]
+__all__ = [
+    "DEFAULT_ARMS",
+    "Arm",
+    "Init",
+    "Where",
+    "arms_for",
+    "build",
+    "is_activation",
+    "is_weighted",
+    "norm_layer",
+    "takes_dropout",
+]
 
 Where: TypeAlias = Literal["before", "after", "own", "first"]
 Init: TypeAlias = Literal["default", "corrected", "critical"]
@@ -92,7 +103,8 @@ def _norm_after(layer: nn.Module) -> nn.Module:
     return _NORMS[dims](width)
 
 
-def _norm(num_features: int, dims: int = 1) -> nn.Module:
+def norm_layer(num_features: int, dims: int = 1) -> nn.Module:
+    """The batch norm that a user's factory is handed: `norm(100)`, `norm(16, dims=2)`."""
     return _NORMS[dims](num_features)
 
 
@@ -197,7 +209,7 @@ def build(
         ModelError: Batch norm or dropout finds no place in the network, or the plain network already has batch norm.
     """
     own = arm.where is not None and arm.where != "first" and source.places_norm
-    norm: Callable[..., nn.Module] | None = _norm if own else None
+    norm: Callable[..., nn.Module] | None = norm_layer if own else None
     model = source.build(input_shape, classes, norm, arm.where if own else None)
     if not own:
         _refuse_batch_norm(model, source)
@@ -207,6 +219,11 @@ def build(
         initialize_(model, preserve="signal" if init == "corrected" else "gradient")
     if dropout and not insert_dropout(model, dropout):
         raise ModelError(f"found no activation module in {source.name} that dropout could follow.")
+    if own and not any(isinstance(module, _ANY_NORM) for module in model.modules()):
+        raise ModelError(
+            f"the factory {source.name} was handed a batch norm to place and returned a network without one, so there "
+            "is nothing to compare. Call norm(num_features) in it wherever norm is not None."
+        )
     if own or arm.where is None:
         return model
     if arm.where == "first":

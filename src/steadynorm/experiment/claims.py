@@ -44,7 +44,7 @@ class Statement:
 STATEMENTS: Final = (
     Statement(
         "gradients",
-        "Gradients stay steady: they neither vanish nor explode.",
+        "Steadier gradients: their size differs less from layer to layer.",
         "Spread of the gradient norms across the layers, log10(largest / smallest), at the worst of start, middle and "
         "end of training; plain minus batch norm, mean over paired seeds, both with He initialisation for their "
         "activation.",
@@ -87,8 +87,8 @@ STATEMENTS: Final = (
         "time",
         "Slower per step, yet faster to learn.",
         "Seconds to the target, plain over batch norm. Supported if a step takes more than 1.05 times as long with "
-        "batch norm and the target takes at least 1.25 times fewer steps, each with its whole interval; contradicted "
-        "if either half is: at most 1.05 times as long, or at least 1.25 times as many steps.",
+        "batch norm and the target takes at least 1.25 times fewer seconds, each with its whole interval; contradicted "
+        "if either half is: at most 1.05 times as long, or at least 1.25 times as many seconds.",
         "times",
         1.25,
     ),

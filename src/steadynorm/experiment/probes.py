@@ -64,8 +64,9 @@ def gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[str], l
     for name, module in model.named_modules():
         if is_weighted(module):
 
-            def keep(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> None:
+            def keep(_module: nn.Module, _inputs: object, output: Tensor, name: str = name) -> Tensor:
                 seen.append((name, output))
+                return output.clone()  # an activation with inplace=True would overwrite what is to be looked at
 
             module.register_forward_hook(keep)
     loss = F.cross_entropy(model(x), y, reduction="sum")
@@ -145,7 +146,7 @@ def _input_percentiles(model: nn.Module, x: Tensor) -> Tensor | None:
     last: list[Tensor] = []
 
     def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        last[:] = [inputs[0]]
+        last[:] = [inputs[0].clone()]  # an activation with inplace=True overwrites its input
 
     handles: list[RemovableHandle] = [
         module.register_forward_pre_hook(keep) for module in model.modules() if is_activation(module)

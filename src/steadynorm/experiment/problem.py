@@ -8,8 +8,11 @@ from typing import Final, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from steadynorm.errors import ModelError
+from steadynorm.experiment import user_code
+from steadynorm.experiment.arms import norm_layer
 from steadynorm.experiment.data.labelled import LabelledData
-from steadynorm.experiment.models import ModelSource
+from steadynorm.experiment.models import NAMES, ModelSource
 from steadynorm.experiment.split import Split, split, standardisation
 
 __all__ = ["Problem", "Scaling", "derived_seed"]
@@ -44,10 +47,16 @@ class Problem:
 
     @staticmethod
     def of(data: LabelledData, source: ModelSource) -> "Problem":
-        """A problem with the fingerprint of what its runs depend on: data, network as it prints itself, torch."""
+        """A problem with the fingerprint of what its runs depend on: data, network, torch.
+
+        A user's own network can change without its name or its printed form changing, so what it computes counts too.
+        """
+        shape, classes = tuple(data.x.shape[1:]), len(data.classes)
         with torch.random.fork_rng(devices=[]):
-            network = source.build(tuple(data.x.shape[1:]), len(data.classes))
+            network = source.build(shape, classes)
         contents = f"{data.fingerprint()} {source.name} {network} {torch.__version__}"
+        if source.name not in NAMES:
+            contents += f" {_behaviour(source, shape, classes)}"
         return Problem(data, source, hashlib.blake2b(contents.encode(), digest_size=16).hexdigest())
 
     @property
@@ -73,6 +82,22 @@ class Problem:
         while len(_splits) > _KEPT_SPLITS:
             _splits.popitem(last=False)
         return parts
+
+
+def _behaviour(source: ModelSource, shape: tuple[int, ...], classes: int) -> str:
+    """What a user's factory makes, without batch norm and with it where the factory puts it: form, weights, scores."""
+    digest = hashlib.blake2b(digest_size=16)
+    places: list[str | None] = [None, "before", "after"] if source.places_norm else [None]
+    for where in places:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            network = source.build(shape, classes, norm_layer if where else None, where).train()
+            scores: object = user_code.call(network, torch.randn(8, *shape), name=source.name, error=ModelError)
+        digest.update(str(network).encode())
+        for tensor in (*network.state_dict().values(), scores):
+            if isinstance(tensor, Tensor):
+                digest.update(tensor.detach().double().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _raw(x: Tensor, mean: Tensor | None, scale: Tensor | None) -> Tensor:

@@ -24,6 +24,7 @@ any measure, and one such seed shall not decide a mean."""
 
 STANDARDISED: Final = "plain, standardised"
 FIRST_LAYER: Final = "batch norm as first layer, raw"
+HIDDEN_LAYERS: Final = "batch norm in the hidden layers, raw"
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,14 @@ def _standardisation(evidence: Evidence, arm: str, smallest: float) -> Reading |
     explanation = (
         f"Batch norm as first layer on unscaled features came out {estimate:+.2f} points against the plain "
         f"network on standardised ones ({_between(interval)}, {_pairs(len(base))}; {smallest:g} point may be lost)."
+        f"{_in_hidden_layers(details)}"
     )
     return Reading(estimate, interval, outcome, explanation, details)
+
+
+def _in_hidden_layers(details: Mapping[str, Any]) -> str:
+    found = details.get(HIDDEN_LAYERS)
+    return "" if found is None else f" In the hidden layers alone: {found['difference']:+.2f} points."
 
 
 def _regularisation(evidence: Evidence, arm: str, smallest: float) -> Reading | None:
@@ -133,7 +140,7 @@ def _regularisation(evidence: Evidence, arm: str, smallest: float) -> Reading | 
     (low_plain, high_plain), (low_arm, high_arm) = ends(interval_plain), ends(interval_arm)
     outcome, need = verdict(interval, smallest), ""
     if high_plain < smallest and high_arm < smallest:
-        outcome, need = "no material difference", f" Neither can gain {smallest:g} points by dropout."
+        outcome, need = "no material difference", f" At p = 0.5 neither gains {smallest:g} points by dropout."
     elif (outcome == "supported" and low_plain <= 0) or (outcome == "contradicted" and low_arm <= 0):
         outcome, need = "cannot tell", " Whether dropout is of any use here is not clear."
     details = {
@@ -150,22 +157,24 @@ def _regularisation(evidence: Evidence, arm: str, smallest: float) -> Reading | 
 
 
 def _time(evidence: Evidence, arm: str, smallest: float) -> Reading | None:
-    """Two halves, each with its interval: s, seconds per step (batch norm / plain), and r, steps (plain / batch norm).
+    """Two halves, each with its interval: s, seconds per step (batch norm / plain), and seconds to the target, r / s.
 
     - Slower per step: supported if s_low > 1.05, contradicted if s_high <= 1.05, else cannot tell.
-    - Faster to learn: `verdict` of log r at log 1.25.
+    - Faster to learn: `verdict` of log(r / s) at log 1.25, where r is the ratio of steps (plain / batch norm). Its
+      interval combines those of r and s on logs by the distance of each bound from its estimate (Zou & Donner,
+      Statistics in Medicine 27, 2008).
 
     The claim is supported if both halves are and contradicted if either is; the explanation names the half, since not
-    being slower contradicts the words and is good news. Otherwise, where steps show no material difference, so does
-    the claim; else cannot tell. The figure shown is seconds to the target, r / s; its interval combines both on logs
-    by the distance of each bound from its estimate (Zou & Donner, Statistics in Medicine 27, 2008).
+    being slower contradicts the words and is good news. Otherwise, where the seconds show no material difference, so
+    does the claim; else cannot tell.
     """
     row = _ratio_row(evidence, arm)
     timing = next((t for t in evidence.timing if t["arm"] == arm), None)
     if row is None or timing is None:
         return None
     per_step, per_step_interval = timing["ratio_to_plain"], timing["ratio_interval"]
-    slow, fast = _slower(per_step_interval), verdict(_logs(row["interval"]), math.log(smallest))
+    estimate, interval = None if row["ratio"] is None else row["ratio"] / per_step, _seconds_interval(row, timing)
+    slow, fast = _slower(per_step_interval), verdict(_logs(interval), math.log(smallest))
     outcome: Verdict = "cannot tell"
     if slow == fast == "supported":
         outcome = "supported"
@@ -175,14 +184,14 @@ def _time(evidence: Evidence, arm: str, smallest: float) -> Reading | None:
         outcome = fast
     details = {
         "seconds_per_step": {"estimate": per_step, "interval": per_step_interval, "verdict": slow},
-        "steps": {"estimate": row["ratio"], "interval": row["interval"], "verdict": fast},
+        "seconds_to_target": {"estimate": estimate, "interval": interval, "verdict": fast},
     }
+    in_seconds = "" if estimate is None else f", and {estimate:.2f} times the seconds ({_between(interval)})"
     explanation = (
         f"A step took {per_step:.2f} times as long with batch norm ({_between(per_step_interval)}; "
-        f'"slower per step": {slow}). {_steps_needed(row)}; "faster to learn": {fast}.'
+        f'"slower per step": {slow}). {_steps_needed(row)}{in_seconds}; "faster to learn": {fast}.'
     )
-    estimate = None if row["ratio"] is None else row["ratio"] / per_step
-    return Reading(estimate, _seconds_interval(row, timing), outcome, explanation, details)
+    return Reading(estimate, interval, outcome, explanation, details)
 
 
 def _slower(interval: Bounds) -> Verdict:

@@ -72,6 +72,8 @@ def _judge(activation: AnyActivation, label: str) -> Follows | None:
     """What an operation is to the layer before it: an activation, None for the identity, else a dead end."""
     try:
         function = as_function(activation)
+        if isinstance(function, nn.PReLU):  # a slope per channel: no function of one vector, yet its gain is known
+            return Follows(label, "activation", gain(function), function)
         if function is identity or np.array_equal(values(function, _PROBE), _PROBE):
             return None
         return Follows(label, "activation", gain(function), function)

@@ -108,10 +108,12 @@ def _plan(
     return LayerInit(name, type(layer).__name__, label, gain_, fan, gain_ / math.sqrt(max(fan, 1.0)))
 
 
-def _own_parameters(model: nn.Module) -> Iterator[str]:
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, set[int]]]:
+    """Modules with parameters of their own, and the identities of those: a tied one is in several."""
     for name, module in model.named_modules():
-        if any(True for _ in module.parameters(recurse=False)):
-            yield name
+        own = {id(p) for p in module.parameters(recurse=False)}
+        if own:
+            yield name, own
 
 
 def initialize_(
@@ -177,8 +179,8 @@ def initialize_(
     norms = {name: m for name, m in modules.items() if isinstance(m, BATCH_NORMS)}
     for norm in norms.values():
         norm.reset_parameters()
-    done = tuple(f"{name}." for name in (*layers, *norms))  # a parametrised layer holds its parameters further down
-    untouched = tuple(name for name in _own_parameters(model) if not f"{name}.".startswith(done))
+    drawn = {id(p) for module in (*layers.values(), *norms.values()) for p in module.parameters()}
+    untouched = tuple(name for name, own in _own_parameters(model) if not drawn & own)
     return Initialization(plans, tuple(norms), untouched, untraced)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from steadynorm.activations import ActivationLike, resolve
@@ -48,6 +48,8 @@ class BatchNorm(TorchBatchNorm):
     ) -> None:
         if single_value not in get_args(SingleValue):
             raise ArgumentError(f"single_value must be one of {get_args(SingleValue)}, got {single_value!r}.")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ArgumentError(f"momentum must lie in [0, 1], the share of the new batch, or be None; got {momentum}.")
         if single_value == "running" and not track_running_stats:
             raise ArgumentError(
                 'single_value="running" needs track_running_stats=True: there is nothing to fall back on.'
@@ -80,12 +82,13 @@ class BatchNorm(TorchBatchNorm):
                 f"{self} expected {self.num_features} channels in dimension {self.channel_dim}, got {layout.channels}: "
                 f"an input of shape {tuple(input.shape)}."
             )
-        single = mask is None and layout.count == 1
         tracks = self.running_mean is not None and self.running_var is not None
         by_batch = self.training or not tracks
-        if by_batch and single:
+        if by_batch and layout.count == 1:
             if self.single_value == "error":
-                require_several_values(input, layout, str(self), ', or choose single_value="running" or "beta"')
+                with_statistics = 'switch to evaluation with model.eval(), or choose single_value="running" or "beta"'
+                ways_out = with_statistics if tracks else 'choose single_value="beta", or track_running_stats=True'
+                require_several_values(input, layout, str(self), ways_out)
             by_batch = self.single_value == "beta"
         y, statistics = run(
             input, self.running_mean, self.running_var, self.weight, self.bias, by_batch, self.eps,
@@ -94,9 +97,12 @@ class BatchNorm(TorchBatchNorm):
         )  # fmt: skip
         if self.training and statistics is not None and self.running_mean is not None and self.running_var is not None:
             refused = commit(
-                self.running_mean, self.running_var, statistics, self.momentum, self.num_batches_tracked, self._rejected
-            )
-            warn_if(refused, self)
+                self.running_mean, self.running_var, statistics, self.momentum, self.num_batches_tracked,
+                self._rejected, weighted=sample_weight is not None,
+            )  # fmt: skip
+            if refused is True:
+                self._rejected_seen += 1
+                warn_if(refused, self)
         return y
 
     @property
@@ -104,11 +110,12 @@ class BatchNorm(TorchBatchNorm):
         """How many batches were kept out of the running statistics because theirs were not finite (or did not fit).
 
         Counted on the layer's device; reading it waits for the device, and warns if there are new ones since the last
-        time it was read. On the CPU in eager mode the warning comes at once, from the forward.
+        time it was read. On the CPU in eager mode the warning comes at once, from the forward. Under
+        DistributedDataParallel, which sends rank 0's buffers to all, the count is rank 0's.
         """
         counter = self._rejected
         found = 0 if counter is None else int(counter)
-        if counter is not None and counter.device.type != "cpu" and found > self._rejected_seen:
+        if found > self._rejected_seen:
             warnings.warn(
                 f"{self}: {found - self._rejected_seen} batches with non-finite statistics were not committed.",
                 RejectedBatchWarning,
@@ -168,8 +175,3 @@ class BatchNorm(TorchBatchNorm):
         if self.single_value != "error":
             options.append(f"single_value={self.single_value!r}")
         return ", ".join(options)
-
-
-def activation_of(module: nn.Module) -> str | None:
-    """The name of the activation fused into a layer of ours, or None."""
-    return str(module.activation) if isinstance(module, BatchNorm) and module.activation is not None else None

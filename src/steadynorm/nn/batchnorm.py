@@ -20,8 +20,9 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
 
     Args:
         num_features: C.
-        eps: ε, added to the variance.
-        momentum: The share of the new batch in the running statistics; None for the cumulative average of all batches.
+        eps: ε >= 0, added to the variance; with 0 a constant channel gives NaN.
+        momentum: The share of the new batch in the running statistics, in [0, 1]; None for the cumulative average of
+            all batches.
         affine: Learn γ (`weight`, starts at 1) and β (`bias`, starts at 0).
         track_running_stats: Keep running statistics; without them evaluation uses the batch's own.
         device: Of the parameters and buffers.
@@ -32,14 +33,19 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
         channel_dim: The axis of the channels; -1 for channels last.
         single_value: What a training batch of one value per channel gets: `"error"` raises SingleValueError;
             `"running"` normalises it by the running statistics; `"beta"` takes its variance for 0, so y = f(β +
-            residual). It is never committed: one value has no variance.
+            residual). It is never committed: one value has no variance. Decided by the shape: where a mask leaves one
+            position of several, that one is taken as by `"beta"`.
 
     `forward` takes, beside the input:
 
     - `residual`: added after the affine map and before the activation; the input's shape.
     - `mask`: boolean, broadcastable to the positions from the batch axis on; False leaves a position out of the
       statistics and sets its output and gradient to 0.
-    - `sample_weight`: weights >= 0, broadcastable likewise.
+    - `sample_weight`: weights >= 0, broadcastable likewise: how often each position counts in the statistics. A batch
+      whose weights sum to less than 2 is not committed, so scale them to a mean of 1. No gradient flows to them.
+
+    torch's own converters and fusers (`SyncBatchNorm.convert_sync_batchnorm`, `fuse_conv_bn_eval`) take this layer for
+    their own and know nothing of its options: they drop a fused activation without a word.
 
     Raises:
         SingleValueError: See `single_value`.

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from steadynorm.errors import ArgumentError
+
 __all__ = ["is_proxy", "leaf_call"]
 
 
@@ -23,5 +25,8 @@ def is_proxy(value: object) -> bool:
 def leaf_call(module: nn.Module, input: Any, **options: Any) -> Tensor:
     """Emits `call_module` for this module on the tracer of `input`, with those options that are not None."""
     tracer = input.tracer
+    path = tracer.path_of_module(module)
+    if not path:
+        raise ArgumentError("a layer cannot be the root of a torch.fx trace: trace nn.Sequential(layer) instead.")
     given = {name: value for name, value in options.items() if value is not None}
-    return cast(Tensor, tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), given))
+    return cast(Tensor, tracer.create_proxy("call_module", path, (input,), given))

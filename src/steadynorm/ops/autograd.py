@@ -75,8 +75,11 @@ def _differentiable_backward(
     x, weight, bias, residual = (None if t is None else t.view_as(t) for t in inputs)
     assert x is not None  # noqa: S101 (x is a Tensor by the signature; the comprehension hides it from the type checker)
     y, statistics = reference.train(x, weight, bias, residual, position_weight, valid, spec)
-    reached = [(out, g) for out, g in zip((y, statistics.mean, statistics.m2), grads, strict=True) if g is not None]
+    outputs = (y, statistics.mean, statistics.m2)
+    reached = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
     wanted = [t for t in (x, weight, bias, residual) if t is not None and t.requires_grad]
+    if not (reached and wanted):
+        return Gradients(None, None, None, None)
     found = iter(
         torch.autograd.grad(
             [out for out, _ in reached], wanted, [g for _, g in reached], create_graph=True, allow_unused=True

@@ -46,8 +46,8 @@ def headline(results: Results) -> str:
         return f"To reach {target} the plain network needed {needed} ({interval}): {arrived}."
     if low <= 1 <= high:
         return (
-            f"{who} and the plain network needed about as many steps to reach {target}: the ratio is {times(ratio)}, "
-            f"and its {interval} does not exclude 1."
+            f"No difference in the steps to {target} could be told: the plain network needed {times(ratio)} those of "
+            f"{who[:1].lower()}{who[1:]} ({interval})."
         )
     if low > 1:
         return f"{who} reached {target} in {times(ratio)} fewer steps ({interval})."

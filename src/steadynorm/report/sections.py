@@ -108,10 +108,13 @@ def _ratios(results: Results) -> Section:
     )
 
 
+_RANGES = "Lowest and highest learning rate at which no tuning run diverged and the median reached the target:"
+
+
 def _sensitivity(results: Results) -> Section:
     labels = arm_labels(results)
     ranges = [f"{labels[row['arm']]}: {rate_range(row['lr_range'])}" for row in results["summaries"]]
-    lead = f"Learning rates that train to the target in every tuning run: {'; '.join(ranges)}." if ranges else ""
+    lead = f"{_RANGES} {'; '.join(ranges)}." if ranges else ""
     return _section(
         "learning-rates",
         "Sensitivity to the learning rate",
@@ -167,7 +170,8 @@ def _batch_sizes(results: Results) -> Section:
         "The effect of the batch size",
         "Batch norm measures its statistics on the batch, so small batches make them noisy.",
         charts.batch_size_chart(results),
-        "Final validation accuracy with 95 % intervals; the learning rate is scaled with the batch size.",
+        "Final validation accuracy with 95 % intervals. Learning rate and number of steps stay what they were tuned to "
+        "at the comparison's own batch size: this is what happens to each network if nothing else is changed.",
         tables.batch_sizes(results),
     )
 

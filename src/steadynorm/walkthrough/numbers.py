@@ -16,7 +16,11 @@ _LARGEST_POWER: Final = 400  # beyond any double; keeps a slip of the pen from f
 
 def as_number(value: Any, what: str) -> Fraction:
     """The exact value of a number as it is written: 0.1 is one tenth."""
-    value = value.item() if hasattr(value, "item") else value
+    if hasattr(value, "item"):
+        try:
+            value = value.item()
+        except (RuntimeError, ValueError, TypeError):
+            raise ArgumentError(f"{what} must be one number, got {value!r:.60}.") from None
     text = repr(value) if isinstance(value, float) else str(value).strip()
     try:
         decimal = Decimal(text)
