@@ -33,7 +33,9 @@ def ratio(row: dict[str, Any]) -> str:
     low, high = row["interval"]
     bounds = "no interval" if low is None and high is None else f"{_times(low, '0')} to {_times(high, '∞')}"
     word = f"{row['method']} " if row["method"] in ("at least", "at most") else ""
-    return f"{word}{row['ratio']:.1f} ({bounds})"
+    few = min(row["reached_plain"], row["reached_arm"]) < row["seeds"]
+    arrived = f"; {row['reached_plain']} and {row['reached_arm']} of {row['seeds']} arrive" if few else ""
+    return f"{word}{row['ratio']:.1f} ({bounds}{arrived})"
 
 
 def _times(bound: float | None, none: str) -> str:
@@ -41,13 +43,14 @@ def _times(bound: float | None, none: str) -> str:
 
 
 def ratios_table(results: dict[str, dict[str, Any]]) -> str:
-    """Times fewer steps with batch norm before the nonlinearity, by network and initialisation."""
-    lines = ["| network | target | each arm's best | " + " | ".join(f"both {i}" for i in INITS) + " |"]
+    """Times fewer steps with batch norm, by network, place and initialisation."""
+    lines = ["| network, batch norm | target | each arm's best | " + " | ".join(f"both {i}" for i in INITS) + " |"]
     lines.append("| --- | --- |" + " --- |" * (len(INITS) + 1))
     for name, found in results.items():
-        rows = {r["init"]: r for r in found["ratios"] if r["arm"] == "before"}
-        cells = " | ".join(ratio(rows[init]) for init in ("tuned", *INITS))
-        lines.append(f"| {NETWORKS[name]} | {100 * found['target']:.1f} % | {cells} |")
+        for arm in dict.fromkeys(row["arm"] for row in found["ratios"]):
+            rows = {row["init"]: row for row in found["ratios"] if row["arm"] == arm}
+            cells = " | ".join(ratio(rows[init]) for init in ("tuned", *INITS))
+            lines.append(f"| {NETWORKS[name]}, {arm} | {100 * found['target']:.1f} % | {cells} |")
     return "\n".join(lines)
 
 
@@ -67,13 +70,28 @@ def _verdict(claim: dict[str, Any]) -> str:
     return f"**{claim['verdict']}**: {claim['estimate']:.2f} {claim['unit']} ({low} to {high})"
 
 
+def null_table(null: dict[str, Any]) -> str:
+    """All verdicts of the null experiment."""
+    claims = null["summary"]["claims"]
+    verdicts = list(next(iter(claims.values()))["verdicts"])
+    lines = ["| claim, both networks plain | " + " | ".join(verdicts) + " |", "| --- |" + " --- |" * len(verdicts)]
+    lines += [
+        f"| {name} | " + " | ".join(str(found["verdicts"][v]) for v in verdicts) + " |"
+        for name, found in claims.items()
+    ]
+    return "\n".join(lines)
+
+
 def null_sentence(null: dict[str, Any]) -> str:
     """What the null experiment found."""
     found = null["summary"]["any"]
     low, high = (f"{100 * bound:.1f}" for bound in found["interval"])
+    settings = null["settings"]
     return (
-        f"In {null['summary']['repeats']} comparisons of a plain network with another plain one, "
-        f"{100 * found['supported']:.1f} % called any claim supported (95 % interval {low} to {high} %)."
+        f"In {null['summary']['repeats']} comparisons of a plain network with another plain one "
+        f"({settings['model']} on {settings['data']}, {settings['optimizer'].capitalize()}, {settings['steps']} steps, "
+        f"{settings['seeds']} seeds, tuned on {settings['tuning_seeds']}), {100 * found['supported']:.1f} % called any "
+        f"claim supported (95 % interval {low} to {high} %):"
     )
 
 
@@ -82,7 +100,8 @@ def block(page: str) -> str:
     results = {name: json.loads((MEASURED / f"{name}.json").read_text()) for name in NETWORKS}
     parts = [ratios_table(results), claims_table(results)]
     if page == "claims":
-        parts.append(null_sentence(json.loads((MEASURED / "null.json").read_text())))
+        null = json.loads((MEASURED / "null.json").read_text())
+        parts += [null_sentence(null), null_table(null)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -69,7 +69,7 @@ def test_splits_do_not_depend_on_what_was_asked_before(problem):
 
 def _factory(place):
     def build(norm=None):
-        layers = [nn.Linear(5, 8), *([norm(8)] if norm and place == 0 else []), nn.ReLU()]
+        layers = [nn.Flatten(), nn.Linear(5, 8), *([norm(8)] if norm and place == 0 else []), nn.ReLU()]
         return nn.Sequential(*layers, *([norm(8)] if norm and place == 1 else []), nn.Linear(8, 2))
 
     return build
