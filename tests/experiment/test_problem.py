@@ -55,7 +55,9 @@ def test_standardised_wild_features_have_mean_zero_and_variance_one(problem):
 
 def test_the_fingerprint_tells_networks_apart(blobs):
     def of(width):
-        return Problem.of(blobs, resolve(lambda: nn.Sequential(nn.Flatten(), nn.Linear(5, width)))).fingerprint
+        return Problem.of(
+            blobs, resolve(lambda: nn.Sequential(nn.Flatten(), nn.Linear(5, width), nn.Linear(width, 3)))
+        ).fingerprint
 
     assert of(3) == of(3) != of(4)
 
@@ -70,7 +72,7 @@ def test_splits_do_not_depend_on_what_was_asked_before(problem):
 def _factory(place):
     def build(norm=None):
         layers = [nn.Flatten(), nn.Linear(5, 8), *([norm(8)] if norm and place == 0 else []), nn.ReLU()]
-        return nn.Sequential(*layers, *([norm(8)] if norm and place == 1 else []), nn.Linear(8, 2))
+        return nn.Sequential(*layers, *([norm(8)] if norm and place == 1 else []), nn.Linear(8, 3))
 
     return build
 

@@ -148,7 +148,11 @@ def broken(norm=None):
 @pytest.mark.parametrize(
     ("factory", "message"),
     [
-        (lambda norm=None: nn.Linear(64, 10), "the weights do not fit the network that own:net builds"),
+        (lambda norm=None: nn.Linear(64, 10), "returned a network without one"),
+        (
+            lambda norm=None: nn.Sequential(own_net(norm), nn.Linear(10, 10)),
+            "the weights do not fit the network that own:net",
+        ),
         (lambda norm=None: own_net(norm).double(), "is torch.float32, not torch.float64"),
         (broken, "calling broken failed at .*: KeyError: 'gone'"),
         ("nowhere_at_all:f", "importing 'nowhere_at_all'"),

@@ -12,7 +12,7 @@ from steadynorm.errors import ModelError
 from steadynorm.experiment import user_code
 from steadynorm.experiment.arms import norm_layer
 from steadynorm.experiment.data.labelled import LabelledData
-from steadynorm.experiment.models import NAMES, ModelSource
+from steadynorm.experiment.models import NAMES, ModelSource, check_output
 from steadynorm.experiment.split import Split, split, standardisation
 
 __all__ = ["Problem", "Scaling", "derived_seed"]
@@ -92,6 +92,7 @@ def _behaviour(source: ModelSource, shape: tuple[int, ...], classes: int) -> str
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             network = source.build(shape, classes, norm_layer if where else None, where).train()
+            check_output(network, shape, classes, source.name)
             scores: object = user_code.call(network, torch.randn(8, *shape), name=source.name, error=ModelError)
         digest.update(str(network).encode())
         for tensor in (*network.state_dict().values(), scores):
