@@ -140,3 +140,7 @@ def test_an_output_of_another_shape_is_an_error():
         check_output(nn.Linear(6, 4), (5,), 4, "mine")
     with pytest.raises(ModelError, match="got tuple"):
         check_output(nn.LSTM(5, 4), (1, 5), 4, "mine")
+
+
+def test_the_deep_network_s_runs_are_shorter():
+    assert [resolve(name).default_steps for name in ("sigmoid-mlp", "elu-mlp-20", "relu-mlp")] == [2000, 400, 2000]
