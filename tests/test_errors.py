@@ -17,13 +17,16 @@ BUILT_IN = {
     "DeviceError": ValueError,
     "DataError": ValueError,
     "ModelError": ValueError,
+    "DistributedError": RuntimeError,
+    "TransformError": RuntimeError,
     "MissingDependencyError": ImportError,
 }
+WARNINGS = {"ConversionWarning", "RejectedBatchWarning", "StaleStatisticsWarning"}
 
 
 def test_every_error_is_ours_and_the_built_in_one():
     defined = {name for name, kind in inspect.getmembers(errors, inspect.isclass)}
-    assert defined == set(errors.__all__) == {*BUILT_IN, "SteadynormError", "SteadynormWarning", "RejectedBatchWarning"}
+    assert defined == set(errors.__all__) == {*BUILT_IN, "SteadynormError", "SteadynormWarning", *WARNINGS}
     for name, built_in in BUILT_IN.items():
         kind = getattr(errors, name)
         assert issubclass(kind, errors.SteadynormError)
@@ -48,7 +51,7 @@ def test_the_tree_drawn_at_the_top_is_the_tree():
 
 
 def test_warnings_are_warnings():
-    assert issubclass(errors.RejectedBatchWarning, errors.SteadynormWarning)
+    assert all(issubclass(getattr(errors, name), errors.SteadynormWarning) for name in WARNINGS)
     assert issubclass(errors.SteadynormWarning, UserWarning)
     with pytest.raises(errors.SteadynormWarning):  # the suite turns them into errors: none may pass unseen
         warnings.warn("seen", errors.RejectedBatchWarning, stacklevel=1)

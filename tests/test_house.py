@@ -27,15 +27,23 @@ PUBLIC = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Moments",
+    "Renorm",
+    "accumulate",
     "activations",
     "compare",
+    "domain",
     "errors",
     "experiment",
     "explain",
+    "freeze_",
     "functional",
+    "functional_call",
     "init",
     "nn",
+    "no_commit",
     "report",
+    "sync_",
+    "unfreeze_",
 ]
 
 

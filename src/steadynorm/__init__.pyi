@@ -10,6 +10,14 @@ from .moments import Moments as Moments
 from .nn import BatchNorm1d as BatchNorm1d
 from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d
+from .nn import Renorm as Renorm
+from .nn import accumulate as accumulate
+from .nn import domain as domain
+from .nn import freeze_ as freeze_
+from .nn import functional_call as functional_call
+from .nn import no_commit as no_commit
+from .nn import sync_ as sync_
+from .nn import unfreeze_ as unfreeze_
 from .walkthrough import explain as explain
 
 __all__ = [
@@ -17,14 +25,22 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Moments",
+    "Renorm",
+    "accumulate",
     "activations",
     "compare",
+    "domain",
     "errors",
     "experiment",
     "explain",
+    "freeze_",
     "functional",
+    "functional_call",
     "init",
     "nn",
+    "no_commit",
     "report",
+    "sync_",
+    "unfreeze_",
 ]
 __version__: str

@@ -10,10 +10,14 @@
     ├── DeviceError (ValueError)            tensors on different devices
     ├── DataError (ValueError)              a file or data set that cannot be read as asked
     ├── ModelError (ValueError)             a model, factory or saved model that cannot be used as asked
+    ├── DistributedError (RuntimeError)     a collective failed: a rank has gone, or the groups do not match
+    ├── TransformError (RuntimeError)       a torch.func transform that leaves nowhere to write statistics
     └── MissingDependencyError (ImportError)  an optional extra that is not installed
 
     SteadynormWarning (UserWarning)
-    └── RejectedBatchWarning                a batch whose statistics were kept out of the running ones
+    ├── ConversionWarning                   a layer is turned into one that computes something else
+    ├── RejectedBatchWarning                a batch whose statistics were kept out of the running ones
+    └── StaleStatisticsWarning              averaged weights beside running statistics that were left behind
 
 A message says what was required, what arrived, and what to do about it. Each error also is the built-in (or torch's)
 kind that a caller would have caught before, so `except ValueError` around a layer goes on working.
@@ -21,16 +25,20 @@ kind that a caller would have caught before, so `except ValueError` around a lay
 
 __all__ = [
     "ArgumentError",
+    "ConversionWarning",
     "DataError",
     "DeviceError",
+    "DistributedError",
     "DtypeError",
     "MissingDependencyError",
     "ModelError",
     "RejectedBatchWarning",
     "ShapeError",
     "SingleValueError",
+    "StaleStatisticsWarning",
     "SteadynormError",
     "SteadynormWarning",
+    "TransformError",
     "UnknownActivationError",
     "WeightError",
 ]
@@ -76,6 +84,14 @@ class ModelError(SteadynormError, ValueError):
     """A model, a model factory or a saved model cannot be used as asked."""
 
 
+class DistributedError(SteadynormError, RuntimeError):
+    """A collective failed: a rank has gone, or the groups do not match."""
+
+
+class TransformError(SteadynormError, RuntimeError):
+    """Under this torch.func transform there is nowhere to write running statistics; the message says what to call."""
+
+
 class MissingDependencyError(SteadynormError, ImportError):
     """An optional dependency is needed and not installed; the message names the extra that brings it."""
 
@@ -84,5 +100,13 @@ class SteadynormWarning(UserWarning):
     """The root of this package's warnings."""
 
 
+class ConversionWarning(SteadynormWarning):
+    """A layer is being converted into one that lacks an option it has, and so computes something else."""
+
+
 class RejectedBatchWarning(SteadynormWarning):
     """A batch was not finite (or too wide for the buffer), so the running statistics stayed as they were."""
+
+
+class StaleStatisticsWarning(SteadynormWarning):
+    """An averaged model evaluates by running statistics that its average of the weights has left behind."""

@@ -1,14 +1,19 @@
 """Moments: a weighted, mergeable summary of data, per channel. The noun that batch norm's three verbs are about."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from steadynorm.errors import ArgumentError, DeviceError, DtypeError, ShapeError, WeightError
-from steadynorm.ops import reference
+from steadynorm.ops import autograd, merging, reference
+from steadynorm.ops.groups import resolve_group
 from steadynorm.ops.layout import Layout, accumulator_dtype, align
+from steadynorm.ops.reference import Statistics
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Moments"]
 
@@ -120,10 +125,7 @@ class Moments(NamedTuple):
             True
         """
         _check_alike([self, other], "merged")
-        count = self.count + other.count
-        share = other.count / torch.where(count > 0, count, 1.0)
-        delta = other.mean - self.mean
-        return Moments(count, self.mean + delta * share, self.m2 + other.m2 + delta * delta * self.count * share)
+        return Moments(*merging.merge(Statistics(*self), Statistics(*other)))
 
     @classmethod
     def merge_all(cls, moments: Iterable["Moments"]) -> "Moments":
@@ -148,15 +150,28 @@ class Moments(NamedTuple):
                 "merge_all needs at least one Moments; for none at all, use Moments.empty(num_channels)."
             )
         _check_alike(parts, "merged")
-        counts = torch.stack([m.count for m in parts])
-        means = torch.stack([m.mean for m in parts])
-        total = counts.sum(0)
-        share = counts / torch.where(total > 0, total, 1.0)
-        # Means are summed relative to one of them, so that a large common offset costs no digits.
-        origin = torch.gather(means, 0, counts.argmax(0, keepdim=True)).squeeze(0)
-        mean = origin + (share * (means - origin)).sum(0)
-        m2 = torch.stack([m.m2 for m in parts]).sum(0) + (counts * (means - mean) ** 2).sum(0)
-        return cls(total, mean, m2)
+        return cls(*merging.merge_all([Statistics(*m) for m in parts]))
+
+    def all_reduce(self, group: "ProcessGroup | None" = None) -> "Moments":
+        """The Moments of all ranks' data together; every rank of the group must call this, one without data as well.
+
+        Two sums over the ranks in float64: counts are exact to 2^53. Differentiable to any order, where a gradient
+        through it is the sum over the ranks of theirs.
+
+        Args:
+            group: A process group of `torch.distributed` (gloo on the CPU included); None for all ranks. In a process
+                that is not part of any (`torch.distributed` not initialised) the Moments themselves are the result.
+
+        Raises:
+            DistributedError: A rank has gone, or the ranks do not take part alike; the message names those missing.
+
+        Example:
+            >>> m = Moments.of(torch.randn(4, 3))
+            >>> m.all_reduce().count                                            # one process is the whole world
+            tensor([4., 4., 4.], dtype=torch.float64)
+        """
+        ranks = resolve_group("world" if group is None else group)
+        return self if ranks is None else Moments(*autograd.over_ranks(Statistics(*self), ranks))
 
     def mix(self, other: "Moments", prior: float = 16, *, examples: float | None = None) -> "Moments":
         """Between what is remembered and what is seen: these Moments count as `prior` examples against `other`'s own.

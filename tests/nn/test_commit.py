@@ -11,7 +11,8 @@ from torch import nn
 
 import steadynorm as sn
 from steadynorm.errors import ArgumentError, RejectedBatchWarning, SingleValueError, WeightError
-from steadynorm.ops.commit import commit
+from steadynorm.ops import commit as committing
+from steadynorm.ops.commit import Running, commit
 from steadynorm.ops.reference import Statistics
 from support import assert_close, stats
 
@@ -213,12 +214,13 @@ class TestSampleWeights:
         assert layer.num_batches_tracked.item() == 0
 
     def test_they_are_refused_on_a_device_too(self, monkeypatch):
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr(committing, "_host_may_look", lambda statistics: False)
         statistics = Statistics(*(torch.full((2,), v, dtype=torch.float64) for v in (1 + 1e-7, 0.0, 3.0)))
         mean, variance, rejected = torch.zeros(2), torch.ones(2), torch.tensor(0)
-        assert commit(mean, variance, statistics, 0.1, rejected=rejected, weighted=True).item()
+        running = Running(mean, variance, rejected=rejected)
+        assert commit(running, statistics, 0.1, weighted=True).item()
         assert (variance.tolist(), rejected.item()) == ([1, 1], 1)
-        assert not commit(mean, variance, statistics, 0.1, rejected=rejected).item()  # a batch of one is no mistake
+        assert not commit(running, statistics, 0.1).item()  # a batch of one is no mistake
 
     def test_they_are_checked_in_evaluation_too(self):
         with pytest.raises(WeightError):

@@ -1,35 +1,38 @@
-"""What the three layers share: when which statistics normalise, what is committed, and how the buffers stay wide."""
+"""What the three layers share: which statistics normalise a batch, and that they are handed on to be remembered."""
 
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from steadynorm.activations import ActivationLike, resolve
-from steadynorm.errors import ArgumentError, RejectedBatchWarning, ShapeError
-from steadynorm.functional import require_several_values, run, warn_if
+from steadynorm.errors import ArgumentError, ConversionWarning, ShapeError
+from steadynorm.nn.domains import checked_domains
+from steadynorm.nn.renorm import Corrector, Renorm
+from steadynorm.nn.state import Stateful
 from steadynorm.nn.tracing import is_proxy, leaf_call
-from steadynorm.ops.commit import commit
-from steadynorm.ops.layout import Layout
+from steadynorm.ops.autograd import Correction
+from steadynorm.ops.commit import Running, recomputing
+from steadynorm.ops.ghost import smallest_chunk
+from steadynorm.ops.groups import GroupLike, GroupReference, resolve_group
+from steadynorm.step import Masked, Settings, layout_of, refuse_single_value, run
 
 __all__ = ["BatchNorm", "SingleValue"]
 
 SingleValue = Literal["error", "running", "beta"]
-_NARROW = (torch.float16, torch.bfloat16)
 
 
-class BatchNorm(TorchBatchNorm):
+class BatchNorm(Stateful):
     """The common body of `BatchNorm1d`, `2d` and `3d`; not used by itself."""
 
     _dims: tuple[int, ...] = ()
     _shape = ""
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    _rejected: Tensor | None
+    frozen: bool = False
+    frozen_affine: bool = False
+    unfrozen_grad: dict[str, bool] = {}  # noqa: RUF012 (replaced by freeze_, never changed)
 
     def __init__(
         self,
@@ -45,24 +48,52 @@ class BatchNorm(TorchBatchNorm):
         activation: ActivationLike = None,
         channel_dim: int = 1,
         single_value: SingleValue = "error",
+        masked: Masked = "zero",
+        ghost_batch_size: int | None = None,
+        renorm: Renorm | None = None,
+        domains: Sequence[str] | None = None,
+        domain_affine: bool = False,
+        process_group: GroupLike | None = None,
     ) -> None:
         if single_value not in get_args(SingleValue):
             raise ArgumentError(f"single_value must be one of {get_args(SingleValue)}, got {single_value!r}.")
+        if masked not in get_args(Masked):
+            raise ArgumentError(f"masked must be one of {get_args(Masked)}, got {masked!r}.")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ArgumentError(f"momentum must lie in [0, 1], the share of the new batch, or be None; got {momentum}.")
-        if single_value == "running" and not track_running_stats:
-            raise ArgumentError(
-                'single_value="running" needs track_running_stats=True: there is nothing to fall back on.'
-            )
+        if ghost_batch_size is not None and ghost_batch_size < 1:
+            raise ArgumentError(f"ghost_batch_size must be a number of examples >= 1, or None; got {ghost_batch_size}.")
+        if renorm is not None and not isinstance(renorm, Renorm):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError(f"renorm must be a steadynorm.Renorm or None, got {renorm!r}.")
+        needs_tracking = {'single_value="running"': single_value == "running", "renorm": renorm, "domains": domains}
+        for option, given in needs_tracking.items():
+            if given and not track_running_stats:
+                raise ArgumentError(f"{option} needs track_running_stats=True: there are no running statistics to use.")
+        if domain_affine and not (affine and domains):
+            raise ArgumentError("domain_affine=True needs affine=True and domains=(...): a weight and bias for each.")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.activation = resolve(activation)
         self.channel_dim = channel_dim
         self.single_value: SingleValue = single_value
-        self._rejected_seen = 0
-        # Not in the state_dict, which stays torch.nn's; a buffer, so that it lives on the layer's device.
-        counter = torch.zeros((), dtype=torch.long, device=device) if track_running_stats else None
-        self.register_buffer("_rejected", counter, persistent=False)
-        self._widen_buffers({})
+        self.masked: Masked = masked
+        self.ghost_batch_size = ghost_batch_size
+        self._corrector = None if renorm is None else Corrector(renorm)
+        self._group = GroupReference(process_group)
+        self._init_state(checked_domains(domains), domain_affine, device)
+
+    @property
+    def renorm(self) -> Renorm | None:
+        """The schedule of batch renormalization, or None."""
+        return None if self._corrector is None else self._corrector.renorm
+
+    @property
+    def process_group(self) -> GroupLike | None:
+        """The ranks that this layer's batch is merged over; `steadynorm.sync_` sets it for a whole model."""
+        return self._group.group
+
+    @process_group.setter
+    def process_group(self, group: GroupLike | None) -> None:
+        self._group = GroupReference(group)
 
     def forward(
         self,
@@ -72,106 +103,111 @@ class BatchNorm(TorchBatchNorm):
         mask: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Normalises `input`; in training mode also commits its statistics. See the class for the arguments."""
+        """Normalises `input`; in training mode also hands its statistics on to be committed. See the class."""
         if is_proxy(input):
             return leaf_call(self, input, residual=residual, mask=mask, sample_weight=sample_weight)
         self._check_input_dim(input)
-        layout = Layout.of(input, self.channel_dim)
+        layout = layout_of(input, self.channel_dim)
         if layout.channels != self.num_features:
             raise ShapeError(
                 f"{self} expected {self.num_features} channels in dimension {self.channel_dim}, got {layout.channels}: "
                 f"an input of shape {tuple(input.shape)}."
             )
-        tracks = self.running_mean is not None and self.running_var is not None
-        by_batch = self.training or not tracks
-        if by_batch and layout.count == 1:
-            if self.single_value == "error":
-                with_statistics = 'switch to evaluation with model.eval(), or choose single_value="running" or "beta"'
-                ways_out = with_statistics if tracks else 'choose single_value="beta", or track_running_stats=True'
-                require_several_values(input, layout, str(self), ways_out)
-            by_batch = self.single_value == "beta"
+        domain = self._domain_in_use() if self.domains else None
+        running = self.running(domain) if self.tracks else None
+        by_batch = running is None or (self.training and not self.frozen)
+        group = resolve_group(self._group.group) if by_batch and self.training else None
+        if by_batch and group is None and smallest_chunk(layout, len(input), self.ghost_batch_size) == 1:
+            by_batch = self._single_value_by_batch(input)
+        weight, bias = self.affine_of(domain)
+        if self.frozen_affine:  # whatever became of requires_grad meanwhile
+            weight, bias = (None if t is None else t.detach() for t in (weight, bias))
+        correct = self._correction(running) if by_batch and self.training else None
         y, statistics = run(
-            input, self.running_mean, self.running_var, self.weight, self.bias, by_batch, self.eps,
-            activation=self.activation, residual=residual, mask=mask, sample_weight=sample_weight,
-            layout=layout,
+            input, None if running is None else running.mean, None if running is None else running.var,
+            weight, bias, by_batch, residual, mask, sample_weight, layout,
+            Settings(self.eps, self.activation, group, self.ghost_batch_size, self.masked, correct),
         )  # fmt: skip
-        if self.training and statistics is not None and self.running_mean is not None and self.running_var is not None:
-            refused = commit(
-                self.running_mean, self.running_var, statistics, self.momentum, self.num_batches_tracked,
-                self._rejected, weighted=sample_weight is not None,
-            )  # fmt: skip
-            if refused is True:
-                self._rejected_seen += 1
-                warn_if(refused, self)
+        if self.training and statistics is not None and running is not None:
+            self.note(self.remember(self, domain, statistics, sample_weight is not None))
         return y
 
-    @property
-    def rejected_batches(self) -> int:
-        """How many batches were kept out of the running statistics because theirs were not finite (or did not fit).
+    def _domain_in_use(self) -> str:
+        """The domain that a `with domain(...)` around this forward has named."""
+        if self.active_domain is not None:
+            return self.active_domain
+        by_batch_alone = self.training and not (
+            self.frozen or self.domain_affine or self.renorm or self.single_value == "running"
+        )
+        if by_batch_alone and not torch.compiler.is_compiling() and recomputing():
+            return self.domains[0]  # a checkpoint's second forward, outside of the `with`, needs none
+        raise ArgumentError(
+            f"{self} keeps separate statistics for the domains {', '.join(map(repr, self.domains))}. Say which one "
+            "this batch is of: `with steadynorm.domain(model, name): ...` (backward belongs inside too where "
+            "activation checkpointing runs a forward again)."
+        )
 
-        Counted on the layer's device; reading it waits for the device, and warns if there are new ones since the last
-        time it was read. On the CPU in eager mode the warning comes at once, from the forward. Under
-        DistributedDataParallel, which sends rank 0's buffers to all, the count is rank 0's.
-        """
-        counter = self._rejected
-        found = 0 if counter is None else int(counter)
-        if found > self._rejected_seen:
-            warnings.warn(
-                f"{self}: {found - self._rejected_seen} batches with non-finite statistics were not committed.",
-                RejectedBatchWarning,
-                stacklevel=2,
-            )
-        self._rejected_seen = found
-        return found
+    def _single_value_by_batch(self, input: Tensor) -> bool:
+        """Whether one value per channel is normalised by itself; refuses it if nothing else was asked for."""
+        if self.single_value == "error" and self.renorm is None:
+            with_statistics = 'switch to evaluation with model.eval(), or choose single_value="running" or "beta"'
+            without = 'choose single_value="beta", or track_running_stats=True'
+            refuse_single_value(input, str(self), with_statistics if self.tracks else without)
+        return self.single_value == "beta"
+
+    def _correction(self, running: Running | None) -> Correction | None:
+        corrector = self._corrector
+        if corrector is None or running is None:
+            return None
+        return lambda statistics, weight, bias: corrector.correct(statistics, running, weight, bias, self.eps)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() not in self._dims:
             wanted = " or ".join(f"{d}-D" for d in self._dims)
             raise ShapeError(f"{self} expected {wanted} input {self._shape}, got shape {tuple(input.shape)}.")
 
-    def reset_running_stats(self) -> None:
-        """Back to mean 0 and variance 1, nothing counted."""
-        super().reset_running_stats()
-        self._reset_rejected()
-
-    def _reset_rejected(self) -> None:
-        counter, beside = self._buffers.get("_rejected"), self.running_mean
-        if counter is not None and beside is not None:
-            self._buffers["_rejected"] = torch.zeros_like(counter, device=beside.device)
-            self._rejected_seen = 0
-
-    def _widen_buffers(self, before: dict[str, Tensor | None]) -> None:
-        """Keeps the running statistics in float32 at least: in half precision they stall or overflow."""
-        for name in ("running_mean", "running_var"):
-            buffer = self._buffers.get(name)
-            if buffer is not None and buffer.dtype in _NARROW:
-                source = before.get(name)
-                source = buffer if source is None or source.is_meta else source
-                self._buffers[name] = source.to(device=buffer.device, dtype=torch.float32)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BatchNorm":
-        before = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
-        counted_on_meta = self._rejected is not None and self._rejected.is_meta
-        super()._apply(fn, recurse)
-        self._widen_buffers(before)
-        if counted_on_meta:
-            self._reset_rejected()  # to_empty() leaves arbitrary memory, which no state_dict fills
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._widen_buffers({})  # load_state_dict(assign=True) brings its own dtype
-        counter, beside = self._rejected, self.running_mean
-        if counter is not None and counter.is_meta and beside is not None and not beside.is_meta:
-            self._reset_rejected()  # and its own device, to a layer built on "meta"
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The options that torch.nn's layer lacks, where they differ from the defaults."""
+        options = {
+            "activation": self.activation,
+            "channel_dim": self.channel_dim,
+            "single_value": self.single_value,
+            "masked": self.masked,
+            "ghost_batch_size": self.ghost_batch_size,
+            "renorm": self.renorm,
+            "domains": self.domains or None,
+            "domain_affine": self.domain_affine,
+            "process_group": self.process_group,
+            "frozen": self.frozen,
+        }
+        plain = {"channel_dim": 1, "single_value": "error", "masked": "zero", "domain_affine": False, "frozen": False}
+        return {name: value for name, value in options.items() if value != plain.get(name)}
 
     def extra_repr(self) -> str:
         """torch.nn's, and what differs from the defaults of the options that torch.nn lacks."""
-        options = [super().extra_repr()]
-        if self.activation is not None:
-            options.append(f"activation={self.activation}")
-        if self.channel_dim != 1:
-            options.append(f"channel_dim={self.channel_dim}")
-        if self.single_value != "error":
-            options.append(f"single_value={self.single_value!r}")
-        return ", ".join(options)
+        written = [f"{k}={v}" if k == "activation" else f"{k}={v!r}" for k, v in self._options.items()]
+        return ", ".join([super().extra_repr(), *written])
+
+    @property
+    def qconfig(self) -> Any:
+        """torch.ao's attribute, absent until it is set.
+
+        torch's `convert_sync_batchnorm` looks for it on every layer it replaces, which is the one moment at which a
+        layer can say what will be lost.
+        """
+        if "qconfig" in self.__dict__:
+            return self.__dict__["qconfig"]
+        lost = ", ".join(name for name in self._options if name not in ("process_group", "frozen"))
+        if lost and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":  # pyright: ignore[reportPrivateUsage]
+            warnings.warn(
+                f"torch.nn.SyncBatchNorm.convert_sync_batchnorm drops {lost} of {self}: the model computes something "
+                "else from here on. Use steadynorm.sync_(model, process_group) on the model as it was.",
+                ConversionWarning,
+                stacklevel=3,
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'qconfig'")
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self.__dict__["qconfig"] = value

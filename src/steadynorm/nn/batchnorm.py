@@ -34,22 +34,36 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
         single_value: What a training batch of one value per channel gets: `"error"` raises SingleValueError;
             `"running"` normalises it by the running statistics; `"beta"` takes its variance for 0, so y = f(β +
             residual). It is never committed: one value has no variance. Decided by the shape: where a mask leaves one
-            position of several, that one is taken as by `"beta"`.
+            position of several, that one is taken as by `"beta"`. With `renorm` the default is `"running"`; with a
+            process group of several ranks the ranks' values count together, and none is refused.
+        masked: What a masked position gets: `"zero"`, or `"pass"` for the input itself and its gradient.
+        ghost_batch_size: Normalise each chunk of so many examples by its own statistics; the chunks' pooled Moments are
+            committed. The rest of a batch is a chunk of its own, unless it is a single value: then it joins the last.
+        renorm: A `steadynorm.Renorm`: correct the batch's statistics towards the running ones.
+        domains: Names of domains that have running statistics of their own; `with steadynorm.domain(model, name)` says
+            which one a forward is of. The state_dict has the first one under torch.nn's names and the others beside it
+            (`running_mean_<name>`); a checkpoint without domains starts all of them.
+        domain_affine: Give each domain a γ and β of its own, too.
+        process_group: Take the statistics over the batches of all ranks of a process group of `torch.distributed`, or
+            of the `"world"`; see `steadynorm.sync_`. Ghost chunks stay local, and only what is committed is merged.
 
     `forward` takes, beside the input:
 
     - `residual`: added after the affine map and before the activation; the input's shape.
     - `mask`: boolean, broadcastable to the positions from the batch axis on; False leaves a position out of the
-      statistics and sets its output and gradient to 0.
+      statistics and sets its output and gradient to 0 (see `masked`).
     - `sample_weight`: weights >= 0, broadcastable likewise: how often each position counts in the statistics. A batch
       whose weights sum to less than 2 is not committed, so scale them to a mean of 1. No gradient flows to them.
 
-    torch's own converters and fusers (`SyncBatchNorm.convert_sync_batchnorm`, `fuse_conv_bn_eval`) take this layer for
-    their own and know nothing of its options: they drop a fused activation without a word.
+    torch's own converters and fusers take this layer for their own and know nothing of its options: they drop a fused
+    activation. `SyncBatchNorm.convert_sync_batchnorm` is caught at it with a ConversionWarning (`steadynorm.sync_` is
+    what to call instead); `fuse_conv_bn_eval` is not.
 
     Raises:
         SingleValueError: See `single_value`.
         ShapeError, DtypeError, DeviceError, WeightError: The input does not fit the layer.
+        ArgumentError: An option is out of range, or a layer with domains is called outside of `steadynorm.domain`.
+        DistributedError: A rank has gone; the message names it.
 
     Source:
         Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate

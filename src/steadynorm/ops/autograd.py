@@ -5,19 +5,32 @@ Where an `autograd.Function` is not welcome (torch.func, forward-mode AD, a grap
 composite of `reference` runs instead.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from steadynorm.ops import reference
+from steadynorm.ops.collective import differentiable_sum_over_ranks, sum_over_ranks
+from steadynorm.ops.merging import merged
 from steadynorm.ops.reference import Gradients, Statistics, Train
 
-__all__ = ["train"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["Correction", "composite_is_needed", "over_ranks", "train"]
+
+Correction = Callable[[Statistics, Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
 
 
 class BatchNormTrain(torch.autograd.Function):
-    """`reference.train` with its first derivative in closed form and all further ones through the composite."""
+    """The training step with its first derivative in closed form and all further ones through the composite.
+
+    `given` are the statistics to normalise by, where they had to be known beforehand: those of several ranks, or those
+    that a correction of weight and bias was made from. They still are functions of x: the derivative goes through them.
+    """
 
     @staticmethod
     def forward(
@@ -28,9 +41,13 @@ class BatchNormTrain(torch.autograd.Function):
         residual: Tensor | None,
         position_weight: Tensor | None,
         valid: Tensor | None,
+        given: Statistics | None,
         spec: Train,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, statistics = reference.train(x, weight, bias, residual, position_weight, valid, spec)
+        if given is None:
+            y, statistics = reference.train(x, weight, bias, residual, position_weight, valid, spec)
+        else:
+            y, statistics = _normalize_by(given, x, weight, bias, residual, position_weight, valid, spec), given
         ctx.spec = spec
         # What is added last has the output's own gradient: its values are needed only to differentiate an activation.
         ctx.added_last = None if residual is None or spec.activation is not None else residual.dtype
@@ -50,14 +67,17 @@ class BatchNormTrain(torch.autograd.Function):
                 (grad_y, grad_mean, grad_m2), (x, weight, bias, residual), position_weight, valid, ctx.spec
             )
         else:
+            summed = None
+            if ctx.spec.group is not None and ctx.needs_input_grad[0]:  # or nobody asks what the others pulled
+                summed = partial(sum_over_ranks, group=ctx.spec.group, what="summing the batch's gradients")
             found = reference.backward(
                 grad_y, grad_mean, grad_m2,
-                x, weight, bias, residual, position_weight, valid, Statistics(count, mean, m2), ctx.spec,
+                x, weight, bias, residual, position_weight, valid, Statistics(count, mean, m2), ctx.spec, summed,
             )  # fmt: skip
         if ctx.added_last is not None and grad_y is not None:
             g = grad_y if valid is None else torch.where(valid, grad_y, 0)
             found = found._replace(residual=g.to(ctx.added_last))
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
 def _differentiable_backward(
@@ -74,7 +94,7 @@ def _differentiable_backward(
     """
     x, weight, bias, residual = (None if t is None else t.view_as(t) for t in inputs)
     assert x is not None  # noqa: S101 (x is a Tensor by the signature; the comprehension hides it from the type checker)
-    y, statistics = reference.train(x, weight, bias, residual, position_weight, valid, spec)
+    y, statistics = _composite(x, weight, bias, residual, position_weight, valid, spec, None)
     outputs = (y, statistics.mean, statistics.m2)
     reached = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
     wanted = [t for t in (x, weight, bias, residual) if t is not None and t.requires_grad]
@@ -89,12 +109,55 @@ def _differentiable_backward(
     return Gradients(*(next(found) if t is not None and t.requires_grad else None for t in aliases))
 
 
-def _composite_is_needed() -> bool:
+def composite_is_needed() -> bool:
+    """Whether this runs where an `autograd.Function` is not welcome: a graph being compiled, torch.func, forward AD."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
         or torch.autograd.forward_ad._current_level >= 0  # pyright: ignore
     )
+
+
+def over_ranks(local: Statistics, group: "ProcessGroup") -> Statistics:
+    """This rank's statistics merged with those of the others, differentiably where a gradient is wanted."""
+    if composite_is_needed() or any(t.requires_grad for t in local):
+        return merged(local, partial(differentiable_sum_over_ranks, group=group))
+    return merged(local, partial(sum_over_ranks, group=group, what="merging the batch's statistics"))
+
+
+def _normalize_by(
+    statistics: Statistics,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    position_weight: Tensor | None,
+    valid: Tensor | None,
+    spec: Train,
+) -> Tensor:
+    biased = statistics.m2 * reference.reciprocal_count(statistics, position_weight, spec)
+    return reference.normalize(x, statistics.mean, biased, weight, bias, residual, valid, spec)
+
+
+def _composite(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    position_weight: Tensor | None,
+    valid: Tensor | None,
+    spec: Train,
+    correct: Correction | None,
+) -> tuple[Tensor, Statistics]:
+    """The training step as one graph of differentiable operations, the sums over ranks included."""
+    if spec.group is None and correct is None:
+        return reference.train(x, weight, bias, residual, position_weight, valid, spec)
+    statistics = reference.measure(x, position_weight, spec.layout)
+    if spec.group is not None:
+        statistics = over_ranks(statistics, spec.group)
+    if correct is not None:
+        weight, bias = correct(Statistics(*(t.detach() for t in statistics)), weight, bias)
+    return _normalize_by(statistics, x, weight, bias, residual, position_weight, valid, spec), statistics
 
 
 def train(
@@ -105,9 +168,23 @@ def train(
     position_weight: Tensor | None,
     valid: Tensor | None,
     spec: Train,
+    correct: Correction | None = None,
 ) -> tuple[Tensor, Statistics]:
-    """Measure and normalize with gradients to x, weight, bias and residual; see `reference.train` for the arguments."""
-    if _composite_is_needed():
-        return reference.train(x, weight, bias, residual, position_weight, valid, spec)
-    y, count, mean, m2 = BatchNormTrain.apply(x, weight, bias, residual, position_weight, valid, spec)  # pyright: ignore
+    """Measure, merge over the ranks of `spec.group`, and normalize, with gradients to x, weight, bias and residual.
+
+    Args:
+        x, weight, bias, residual, position_weight, valid, spec: As in `reference.train`.
+        correct: What makes another weight and bias of the statistics, through which no gradient flows (batch renorm).
+    """
+    if composite_is_needed():
+        return _composite(x, weight, bias, residual, position_weight, valid, spec, correct)
+    given = None
+    if spec.group is not None or correct is not None:
+        with torch.no_grad():
+            given = reference.measure(x, position_weight, spec.layout)
+            if spec.group is not None:
+                given = over_ranks(given, spec.group)
+        if correct is not None:
+            weight, bias = correct(given, weight, bias)
+    y, count, mean, m2 = BatchNormTrain.apply(x, weight, bias, residual, position_weight, valid, given, spec)  # pyright: ignore
     return y, Statistics(count, mean, m2)

@@ -1,108 +1,175 @@
-"""Commit: the one operation that writes running statistics."""
+"""Commit: the operations that write running statistics, or what is held back for them. Nothing else writes any.
+
+A forward that runs again within a backward is activation checkpointing's: it measures again and commits nothing. That
+is asked inside of these operations, when they run; in a compiled graph they are opaque ops, so that it is asked there.
+"""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from steadynorm.errors import ArgumentError
+from steadynorm.ops.merging import merge
 from steadynorm.ops.reference import Statistics
 
-__all__ = ["commit"]
+__all__ = ["Running", "commit", "hold", "opaque", "recomputing", "updated"]
+
+
+class Running(NamedTuple):
+    """The buffers that remember: what `commit` writes.
+
+    Attributes:
+        mean: (C,).
+        var: (C,), unbiased.
+        num_batches_tracked: Counts the committed batches; needed where momentum is None.
+        rejected: Counts the rejected batches.
+    """
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor | None = None
+    rejected: Tensor | None = None
+
+
+def recomputing() -> bool:
+    """Whether a backward is running on this thread: then a forward is one that activation checkpointing runs again."""
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore
+
+
+def opaque() -> bool:
+    """Whether a custom op must stand for what is done here: in a compiled graph, and under a dispatch mode.
+
+    Selective checkpointing is such a mode. It pairs the ops of a forward with those of the one that it runs again by
+    their order, so that both must call the same ones, whichever of them writes.
+    """
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore
 
 
 def commit(
-    running_mean: Tensor,
-    running_var: Tensor,
-    statistics: Statistics,
-    momentum: float | None,
-    num_batches_tracked: Tensor | None = None,
-    rejected: Tensor | None = None,
-    *,
-    weighted: bool = False,
+    running: Running, statistics: Statistics, momentum: float | None, *, weighted: bool = False
 ) -> Tensor | bool:
     """Moves the running statistics towards a batch's, in place: r <- (1 - momentum) r + momentum m.
 
     The variance committed is the unbiased one, m2 / (n - 1). A batch of n < 2 has none and changes nothing, nor does
     an empty one: weights are repetitions, and those that sum to about 1 would blow it up. A batch whose mean or
     variance is not finite, or not finite any more in the buffers' dtype, is rejected whole: the running statistics
-    stay, and `rejected` counts it. Away from the CPU no value is read by the host.
+    stay, and `rejected` counts it. Away from the CPU no value is read by the host. While a backward runs, nothing is
+    written at all (see `recomputing`).
 
     Args:
-        running_mean: (C,), changed in place.
-        running_var: (C,), changed in place.
+        running: Changed in place.
         statistics: The batch's count, mean and m2.
         momentum: The share of the new batch in [0, 1]; None for the cumulative average, 1 / (number of batches).
-        num_batches_tracked: Counts the committed batches, in place; needed where momentum is None.
-        rejected: Counts the rejected batches, in place.
         weighted: n is a sum of sample weights: then 0 < n < 2 is a mistake, and rejected, not merely a small batch.
 
     Returns:
-        Whether the batch was rejected: a bool where the host could look for free, else a boolean scalar on the device.
+        Whether the batch was rejected: a bool where the host could look for free, else a boolean scalar on the device;
+        False where a compiled graph does it later.
     """
-    count = statistics.count
-    # A FakeTensor, by which a run is rehearsed without data, says that it is on the CPU but has no values to look at.
-    at_once = count.device.type == "cpu" and type(count) is Tensor and not torch.compiler.is_compiling()
     with torch.no_grad():
-        now_or_queued = _commit_now if at_once else _commit_queued
-        return now_or_queued(running_mean, running_var, statistics, momentum, num_batches_tracked, rejected, weighted)
+        if opaque():
+            torch.ops.steadynorm.commit_(*running, *(t.detach() for t in statistics), momentum, weighted)
+            return False
+        return _commit(running, statistics, momentum, weighted)
 
 
-def _commit_queued(
-    running_mean: Tensor,
-    running_var: Tensor,
-    statistics: Statistics,
-    momentum: float | None,
-    num_batches_tracked: Tensor | None,
-    rejected: Tensor | None,
-    weighted: bool,
-) -> Tensor | bool:
-    """Without a branch on any value, for a device that runs behind the host and for a graph being compiled."""
+def hold(held: Statistics, statistics: Statistics, rejected: Tensor | None = None) -> Tensor | bool:
+    """Merges a batch's statistics into those held back for a later commit, in place; one not finite is rejected.
+
+    Args:
+        held: Changed in place.
+        statistics: The batch's.
+        rejected: Counts the rejected batches, in place.
+
+    Returns:
+        Whether the batch was rejected, as `commit` does.
+    """
+    with torch.no_grad():
+        if opaque():
+            torch.ops.steadynorm.hold_(*held, rejected, *(t.detach() for t in statistics))
+            return False
+        return _hold(held, statistics, rejected)
+
+
+def updated(
+    running: Running, statistics: Statistics, momentum: float | None, *, weighted: bool = False
+) -> tuple[Running, Tensor]:
+    """What `commit` would write, as new tensors, and whether the batch was rejected; without a branch on any value."""
     known = statistics.count >= 2
-    mean = statistics.mean.to(running_mean.dtype)
-    variance = (statistics.m2 / torch.where(known, statistics.count - 1, 1.0)).to(running_var.dtype)
+    mean = statistics.mean.to(running.mean.dtype)
+    variance = (statistics.m2 / torch.where(known, statistics.count - 1, 1.0)).to(running.var.dtype)
     usable, finite = known.all(), (torch.isfinite(mean) & torch.isfinite(variance)).all()
     accepted, refused = usable & finite, usable & ~finite
     if weighted:
         refused = refused | (~usable & (statistics.count > 0).any())
     share = torch.full_like(usable, 1.0 if momentum is None else momentum, dtype=mean.dtype)
     if momentum is None:
-        share = share / (_tracked(num_batches_tracked) + 1)
-    for buffer, fresh in ((running_mean, mean), (running_var, variance)):
-        buffer.copy_(torch.lerp(buffer, torch.where(accepted, fresh, buffer), share.to(buffer.dtype)))
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(accepted)
-    if rejected is not None:
-        rejected.add_(refused)
+        share = share / (_tracked(running) + 1)
+    moved = [
+        torch.lerp(buffer, torch.where(accepted, fresh, buffer), share.to(buffer.dtype))
+        for buffer, fresh in ((running.mean, mean), (running.var, variance))
+    ]
+    counts = [
+        None if counter is None else counter + happened
+        for counter, happened in ((running.num_batches_tracked, accepted), (running.rejected, refused))
+    ]
+    return Running(moved[0], moved[1], counts[0], counts[1]), refused
+
+
+def _commit(running: Running, statistics: Statistics, momentum: float | None, weighted: bool) -> Tensor | bool:
+    if recomputing():
+        return False
+    return (_commit_now if _host_may_look(statistics) else _commit_queued)(running, statistics, momentum, weighted)
+
+
+def _commit_queued(running: Running, statistics: Statistics, momentum: float | None, weighted: bool) -> Tensor:
+    """For a device that runs behind the host: no value is waited for."""
+    fresh, refused = updated(running, statistics, momentum, weighted=weighted)
+    for buffer, value in zip(running, fresh, strict=True):
+        if buffer is not None and value is not None:
+            buffer.copy_(value)
     return refused
 
 
-def _commit_now(
-    running_mean: Tensor,
-    running_var: Tensor,
-    statistics: Statistics,
-    momentum: float | None,
-    num_batches_tracked: Tensor | None,
-    rejected: Tensor | None,
-    weighted: bool,
-) -> Tensor | bool:
+def _commit_now(running: Running, statistics: Statistics, momentum: float | None, weighted: bool) -> bool:
     """The same where the host may look: on the CPU a branch costs less than computing both sides of it."""
     count = statistics.count[0].item() if statistics.count.numel() else 0.0  # weights are per position: all are equal
     if count < 2:
-        if weighted and count > 0 and rejected is not None:
-            rejected.add_(1)
+        if weighted and count > 0 and running.rejected is not None:
+            running.rejected.add_(1)
         return weighted and count > 0
     variance = statistics.m2 / (count - 1)
-    if not (_fits(variance, running_var.dtype) and _fits(statistics.mean, running_mean.dtype)):
-        if rejected is not None:
-            rejected.add_(1)
+    if not (_fits(variance, running.var.dtype) and _fits(statistics.mean, running.mean.dtype)):
+        if running.rejected is not None:
+            running.rejected.add_(1)
         return True
-    share = momentum if momentum is not None else 1 / (int(_tracked(num_batches_tracked)) + 1)
-    running_mean.lerp_(statistics.mean.to(running_mean.dtype), share)
-    running_var.lerp_(variance.to(running_var.dtype), share)
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
+    share = momentum if momentum is not None else 1 / (int(_tracked(running)) + 1)
+    running.mean.lerp_(statistics.mean.to(running.mean.dtype), share)
+    running.var.lerp_(variance.to(running.var.dtype), share)
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(1)
     return False
+
+
+def _hold(held: Statistics, statistics: Statistics, rejected: Tensor | None) -> Tensor | bool:
+    if recomputing():
+        return False
+    finite = (torch.isfinite(statistics.count) & torch.isfinite(statistics.mean) & torch.isfinite(statistics.m2)).all()
+    batch = Statistics(*(torch.where(finite, t, 0) for t in statistics))
+    for buffer, value in zip(held, merge(held, batch), strict=True):
+        buffer.copy_(value)
+    if rejected is not None:
+        rejected.add_(~finite)
+    return not bool(finite) if _host_may_look(statistics) else ~finite
+
+
+def _host_may_look(statistics: Statistics) -> bool:
+    """Whether reading a value waits for nothing; fake and transformed tensors say "cpu", but have no value to read."""
+    count = statistics.count
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(count)  # pyright: ignore
+    return count.device.type == "cpu" and type(count) is Tensor and not wrapped
 
 
 def _fits(values: Tensor, dtype: torch.dtype) -> bool:
@@ -110,7 +177,52 @@ def _fits(values: Tensor, dtype: torch.dtype) -> bool:
     return torch.linalg.vector_norm(values, math.inf).item() <= torch.finfo(dtype).max
 
 
-def _tracked(num_batches_tracked: Tensor | None) -> Tensor:
-    if num_batches_tracked is None:
+def _tracked(running: Running) -> Tensor:
+    if running.num_batches_tracked is None:
         raise ArgumentError("momentum=None is the average over all batches, which needs num_batches_tracked.")
-    return num_batches_tracked
+    return running.num_batches_tracked
+
+
+def _commit_op(
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    rejected: Tensor | None,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    momentum: float | None,
+    weighted: bool,
+) -> None:
+    running = Running(running_mean, running_var, num_batches_tracked, rejected)
+    _commit(running, Statistics(count, mean, m2), momentum, weighted)
+
+
+def _hold_op(
+    held_count: Tensor,
+    held_mean: Tensor,
+    held_m2: Tensor,
+    rejected: Tensor | None,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+) -> None:
+    _hold(Statistics(held_count, held_mean, held_m2), Statistics(count, mean, m2), rejected)
+
+
+def _returns_nothing(*tensors: object) -> None:
+    """What the ops look like to a compiler."""
+
+
+_library = torch.library.Library("steadynorm", "DEF")
+_library.define(
+    "commit_(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? rejected, "
+    "Tensor count, Tensor mean, Tensor m2, float? momentum, bool weighted) -> ()"
+)
+_library.define(
+    "hold_(Tensor(a!) held_count, Tensor(b!) held_mean, Tensor(c!) held_m2, Tensor(d!)? rejected, "
+    "Tensor count, Tensor mean, Tensor m2) -> ()"
+)
+for _name, _op in (("commit_", _commit_op), ("hold_", _hold_op)):
+    _library.impl(_name, _op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"steadynorm::{_name}", _returns_nothing, lib=_library)

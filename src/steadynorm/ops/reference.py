@@ -10,13 +10,17 @@ The forward functions are composites of differentiable operations: derivatives o
 `torch.func` and `torch.compile`. `backward` is the closed form of their first derivative, which needs x alone.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from steadynorm.activations import Activation
 from steadynorm.ops.layout import Layout, accumulator_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["Gradients", "Statistics", "Train", "backward", "measure", "normalize", "reciprocal_count", "train"]
 
@@ -29,20 +33,28 @@ class Statistics(NamedTuple):
     m2: Tensor
 
 
-def reciprocal_count(statistics: Statistics, position_weight: Tensor | None, layout: Layout) -> Tensor | float:
+def reciprocal_count(statistics: Statistics, position_weight: Tensor | None, spec: "Train") -> Tensor | float:
     """1 / n, and 0 for n = 0: a plain number where n is known from the shape alone."""
-    if position_weight is None:
-        return 1 / layout.count if layout.count else 0.0
+    if position_weight is None and spec.group is None:
+        return 1 / spec.layout.count if spec.layout.count else 0.0
     n = statistics.count
     return torch.where(n > 0, 1 / torch.where(n > 0, n, 1.0), 0.0)
 
 
 class Train(NamedTuple):
-    """The settings of one training normalisation that are no tensors."""
+    """The settings of one training normalisation that are no tensors.
+
+    Attributes:
+        layout: Which axes are channels and which are positions.
+        eps: ε, added to the biased variance.
+        activation: f, or None for the identity.
+        group: The ranks whose batches count as one; None for this process alone.
+    """
 
     layout: Layout
     eps: float
     activation: Activation | None
+    group: "ProcessGroup | None" = None
 
 
 class Gradients(NamedTuple):
@@ -70,7 +82,8 @@ def _measure(wide: Tensor, weight: Tensor | None, layout: Layout, given: torch.d
     if weight is None:
         count = torch.full((layout.channels,), layout.count, dtype=wide.dtype, device=wide.device)
         if layout.count == 0:
-            return Statistics(count, torch.zeros_like(count), torch.zeros_like(count)), wide
+            nothing = wide.sum(layout.positions)  # 0, and on autograd's graph: other ranks wait for this one's backward
+            return Statistics(count, nothing, nothing.clone()), wide
         mean = wide.mean(layout.positions)
         centred = wide - layout.line_up(mean)
         if given == wide.dtype:
@@ -165,7 +178,7 @@ def train(
     if position_weight is not None:  # positions of weight 0 were left out of `centred`, yet they get their output
         kept = wide if valid is None else torch.where(valid, wide, 0)
         centred = kept - layout.line_up(statistics.mean)
-    invstd = torch.rsqrt(statistics.m2 * reciprocal_count(statistics, position_weight, layout) + spec.eps)
+    invstd = torch.rsqrt(statistics.m2 * reciprocal_count(statistics, position_weight, spec) + spec.eps)
     return _finish(centred, invstd, weight, bias, residual, valid, spec).to(x.dtype), statistics
 
 
@@ -181,11 +194,16 @@ def backward(
     valid: Tensor | None,
     statistics: Statistics,
     spec: Train,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Gradients:
-    """The closed form of `train`'s first derivative (the formula is at the top of this file), recomputing from x."""
+    """The closed form of `train`'s first derivative (the formula is at the top of this file), recomputing from x.
+
+    Where the statistics are those of several ranks, `over_ranks` adds up what each of them pulls at the statistics
+    with; the gradients of weight and bias stay this rank's own, as those of any other parameter do.
+    """
     layout, wide = spec.layout, x.to(statistics.mean.dtype)
     centred = (wide if valid is None else torch.where(valid, wide, 0)) - layout.line_up(statistics.mean)
-    per_count = reciprocal_count(statistics, position_weight, layout)
+    per_count = reciprocal_count(statistics, position_weight, spec)
     invstd = torch.rsqrt(statistics.m2 * per_count + spec.eps)
     g = torch.zeros_like(wide) if grad_y is None else grad_y.to(wide.dtype)
     if spec.activation is not None:
@@ -194,7 +212,12 @@ def backward(
         g = torch.where(valid, g, 0)
     sum_g = g.sum(layout.positions)
     sum_gz = (g * centred).sum(layout.positions) * invstd
-    pull = centred * layout.line_up(sum_gz * invstd * per_count) + layout.line_up(sum_g * per_count)
+    pull_mean, pull_m2 = sum_g, sum_gz
+    if over_ranks is not None:
+        zero = torch.zeros_like(sum_g)
+        to_moments = [zero if t is None else t for t in (grad_mean, grad_m2)]
+        pull_mean, pull_m2, grad_mean, grad_m2 = over_ranks(torch.stack([sum_g, sum_gz, *to_moments])).unbind()
+    pull = centred * layout.line_up(pull_m2 * invstd * per_count) + layout.line_up(pull_mean * per_count)
     if position_weight is not None:
         pull = pull * position_weight
     dx = (g - pull) * layout.line_up(invstd if weight is None else invstd * weight)

@@ -1,0 +1,30 @@
+"""Which layers of a model a function means."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from steadynorm.errors import ModelError
+from steadynorm.nn.base import BatchNorm
+
+__all__ = ["layers_of", "required_layers"]
+
+
+def layers_of(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
+    """The steadynorm batch norms of a model with their names, each layer once."""
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm):
+            yield name, module
+
+
+def required_layers(model: nn.Module, what: str) -> list[BatchNorm]:
+    """The same where there must be some; says so, and what there is instead."""
+    found = [layer for _, layer in layers_of(model)]
+    if found:
+        return found
+    others = sum(isinstance(m, nn.modules.batchnorm._NormBase) for m in model.modules())  # pyright: ignore
+    instead = f"{others} of torch.nn, which know nothing of it" if others else "none of torch.nn either"
+    raise ModelError(
+        f"{what} needs steadynorm's batch norms (steadynorm.BatchNorm1d, 2d, 3d); this {type(model).__name__} has none "
+        f"of them, and {instead}."
+    )

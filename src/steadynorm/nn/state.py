@@ -1,0 +1,147 @@
+"""What a layer remembers: its running statistics, of each domain, how they are written, and how they stay wide."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
+
+from steadynorm.errors import ArgumentError, RejectedBatchWarning
+from steadynorm.nn import domains as per_domain
+from steadynorm.nn.domains import PARAMETERS, STATISTICS, named
+from steadynorm.nn.remembering import Remember, commit_now
+from steadynorm.ops.commit import Running
+from steadynorm.step import warn_if
+
+__all__ = ["Stateful"]
+
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+class Stateful(TorchBatchNorm):
+    """The buffers of the layers, and their life: committed to, cast, moved, copied, saved and loaded."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+    _rejected: Tensor | None
+    domains: tuple[str, ...]
+    domain_affine: bool
+    # The defaults of what contexts and `freeze_` set on a layer; none of it is part of a copy or of a state_dict.
+    remember: Remember = staticmethod(commit_now)
+    active_domain: str | None = None
+
+    def _init_state(self, domains: tuple[str, ...], domain_affine: bool, device: torch.device | str | None) -> None:
+        self.domains = domains
+        self.domain_affine = domain_affine
+        self._rejected_seen = 0
+        # Not in the state_dict, which stays torch.nn's; a buffer, so that it lives on the layer's device.
+        counter = torch.zeros((), dtype=torch.long, device=device) if self.track_running_stats else None
+        self.register_buffer("_rejected", counter, persistent=False)
+        per_domain.add_domains(self, domains, domain_affine)
+        self._widen_buffers({})
+
+    @property
+    def tracks(self) -> bool:
+        """Whether there are running statistics."""
+        return self.running_mean is not None and self.running_var is not None
+
+    def running(self, domain: str | None = None) -> Running:
+        """The buffers that a domain's statistics are committed to; those of the only one where there are no domains."""
+        mean, var, tracked = (self._buffers.get(named(name, domain, self.domains)) for name in STATISTICS)
+        if mean is None or var is None:
+            raise ArgumentError(f"{self} keeps no running statistics; build it with track_running_stats=True.")
+        return Running(mean, var, tracked, self._rejected)
+
+    def replace_running(self, domain: str | None, running: Running) -> None:
+        """Puts other tensors in the place of the buffers."""
+        for name, value in zip(STATISTICS, running[:3], strict=True):
+            self._buffers[named(name, domain, self.domains)] = value
+        self._buffers["_rejected"] = running.rejected
+
+    def affine_of(self, domain: str | None) -> tuple[Tensor | None, Tensor | None]:
+        """γ and β for a domain."""
+        if not self.domain_affine:
+            return self.weight, self.bias
+        weight, bias = (self._parameters.get(named(name, domain, self.domains)) for name in PARAMETERS)
+        return weight, bias
+
+    def note(self, refused: Tensor | bool) -> None:
+        """Warns of a rejected batch where that is known at once."""
+        if refused is True:
+            self._rejected_seen += 1
+            warn_if(refused, self)
+
+    @property
+    def rejected_batches(self) -> int:
+        """How many batches were kept out of the running statistics because theirs were not finite (or did not fit).
+
+        Counted on the layer's device; reading it waits for the device, and warns if there are new ones since the last
+        time it was read. On the CPU in eager mode the warning comes at once, from the forward. Under
+        DistributedDataParallel, which sends rank 0's buffers to all, the count is rank 0's.
+        """
+        counter = self._rejected
+        found = 0 if counter is None else int(counter)
+        if found > self._rejected_seen:
+            warnings.warn(
+                f"{self}: {found - self._rejected_seen} batches with non-finite statistics were not committed.",
+                RejectedBatchWarning,
+                stacklevel=2,
+            )
+        self._rejected_seen = found
+        return found
+
+    def reset_running_stats(self) -> None:
+        """Back to mean 0 and variance 1, nothing counted, in all domains."""
+        super().reset_running_stats()
+        per_domain.reset(self, self.__dict__.get("domains", ()))
+        self._reset_rejected()
+
+    def reset_parameters(self) -> None:
+        """Running statistics as by `reset_running_stats`, γ = 1 and β = 0 in all domains."""
+        super().reset_parameters()
+        per_domain.reset_affine(self, self.__dict__.get("domains", ()))
+
+    def _reset_rejected(self) -> None:
+        counter, beside = self._buffers.get("_rejected"), self.running_mean
+        if counter is not None and beside is not None:
+            self._buffers["_rejected"] = torch.zeros_like(counter, device=beside.device)
+            self._rejected_seen = 0
+
+    def _statistics_names(self) -> list[str]:
+        """The buffers that hold a mean or a variance."""
+        return [named(name, d, self.domains) for d in self.domains or (None,) for name in STATISTICS[:2]]
+
+    def _widen_buffers(self, before: dict[str, Tensor | None]) -> None:
+        """Keeps the running statistics in float32 at least: in half precision they stall or overflow."""
+        for name in self._statistics_names():
+            buffer = self._buffers.get(name)
+            if buffer is not None and buffer.dtype in _NARROW:
+                source = before.get(name)
+                source = buffer if source is None or source.is_meta else source
+                self._buffers[name] = source.to(device=buffer.device, dtype=torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Stateful":
+        before = {name: self._buffers.get(name) for name in self._statistics_names()}
+        counted_on_meta = self._rejected is not None and self._rejected.is_meta
+        super()._apply(fn, recurse)
+        self._widen_buffers(before)
+        if counted_on_meta:
+            self._reset_rejected()  # to_empty() leaves arbitrary memory, which no state_dict fills
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        own = self.num_batches_tracked
+        if own is not None and prefix + "num_batches_tracked" not in state_dict:  # a checkpoint that lacks it
+            state_dict[prefix + "num_batches_tracked"] = torch.tensor(0) if own.is_meta else own
+        per_domain.fill_in(state_dict, prefix, self.domains, self.domain_affine)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._widen_buffers({})  # load_state_dict(assign=True) brings its own dtype
+        counter, beside = self._rejected, self.running_mean
+        if counter is not None and counter.is_meta and beside is not None and not beside.is_meta:
+            self._reset_rejected()  # and its own device, to a layer built on "meta"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("remember", "active_domain")}

@@ -1,0 +1,79 @@
+"""Ghost batches: each chunk of the batch on its own statistics, the chunks' pooled ones to remember.
+
+Source: Hoffer, Hubara, Soudry, "Train longer, generalize better: closing the generalization gap in large batch training
+of neural networks" (2017).
+"""
+
+import torch
+from torch import Tensor
+
+from steadynorm.ops import autograd
+from steadynorm.ops.autograd import Correction
+from steadynorm.ops.layout import Layout
+from steadynorm.ops.merging import merge_all
+from steadynorm.ops.reference import Statistics, Train
+
+__all__ = ["chunk_sizes", "smallest_chunk", "train"]
+
+
+def chunk_sizes(batch_size: int, ghost_batch_size: int, values_per_example: int = 1) -> list[int]:
+    """Chunks of `ghost_batch_size` examples, and one of the rest: joined to the last where it had a single value.
+
+    Example:
+        >>> chunk_sizes(10, 4), chunk_sizes(9, 4), chunk_sizes(9, 4, values_per_example=49)
+        ([4, 4, 2], [4, 5], [4, 4, 1])
+    """
+    whole, rest = divmod(batch_size, ghost_batch_size)
+    sizes = [ghost_batch_size] * whole
+    if rest * values_per_example == 1 and sizes:
+        sizes[-1] += rest
+    elif rest or not sizes:
+        sizes.append(rest)
+    return sizes
+
+
+def smallest_chunk(layout: Layout, batch_size: int, ghost_batch_size: int | None) -> int:
+    """Values per channel in the smallest part of the batch that is normalised on its own."""
+    if ghost_batch_size is None or batch_size == 0:
+        return layout.count
+    per_example = layout.count // batch_size
+    return per_example * min(chunk_sizes(batch_size, ghost_batch_size, per_example))
+
+
+def train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    position_weight: Tensor | None,
+    valid: Tensor | None,
+    spec: Train,
+    correct: Correction | None,
+    ghost_batch_size: int,
+) -> tuple[Tensor, Statistics]:
+    """`autograd.train` of each chunk; see there for the arguments.
+
+    Returns:
+        y, and the Moments of all chunks pooled, those of the other ranks of `spec.group` included, without a gradient:
+        they are there to be remembered. No chunk is normalised by another one, on this rank or elsewhere.
+    """
+    batch, per_example = len(x), spec.layout.count // max(len(x), 1)
+    sizes = chunk_sizes(batch, ghost_batch_size, per_example)
+    columns = [_split(t, batch, sizes) for t in (x, residual, position_weight, valid)]
+    outputs: list[Tensor] = []
+    measured: list[Statistics] = []
+    for part, part_residual, part_weight, part_valid in zip(*columns, strict=True):
+        assert part is not None  # noqa: S101 (the split of a Tensor)
+        alone = spec._replace(layout=Layout.of(part, spec.layout.dim), group=None)
+        y, statistics = autograd.train(part, weight, bias, part_residual, part_weight, part_valid, alone, correct)
+        outputs.append(y)
+        measured.append(Statistics(*(t.detach() for t in statistics)))
+    pooled = merge_all(measured)
+    return torch.cat(outputs), pooled if spec.group is None else autograd.over_ranks(pooled, spec.group)
+
+
+def _split(t: Tensor | None, batch: int, sizes: list[int]) -> "list[Tensor | None]":
+    """The chunks of `t`, each of them `t` itself where it is absent or holds for all examples alike."""
+    if t is None or (len(t) == 1 and batch != 1):
+        return [t] * len(sizes)
+    return list(t.split(sizes))
