@@ -94,6 +94,12 @@ class _Meeting(NamedTuple):
             store = dist.TCPStore("127.0.0.1", self.port, self.world, is_master=rank == 0)
         timeout = timedelta(seconds=PATIENCE)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=self.world, timeout=timeout)
+        # A rank that dies at once must not break up the meeting: all are connected first, and the host knows it.
+        store.set(f"connected/{rank}", "")
+        store.wait([f"connected/{other}" for other in range(self.world)], timeout)
+        store.set(f"off/{rank}", "")
+        if rank == 0:
+            store.wait([f"off/{other}" for other in range(self.world)], timeout)
 
 
 class _Measured(NamedTuple):
@@ -226,10 +232,9 @@ def run(body: Callable[..., Any], world: int, *args: Any) -> list[Any]:
         raise
 
 
-def _live(
-    rank: int, meeting: _Meeting, told: Connection, body: Where, args: tuple[Any, ...], measured: _Measured | None
-) -> None:
+def _live(rank: int, meeting: _Meeting, told: Connection, call: bytes) -> None:
     meeting.join(rank)
+    body, args, measured = pickle.loads(call)
     fine, result = _answer(body, rank, dist.group.WORLD, args, measured)
     if not fine:
         told.send_bytes(result.encode())
@@ -252,11 +257,12 @@ def launch(
     start, until = time.monotonic(), time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         meeting = _Meeting(str(Path(folder, "store")), world, _free_port() if store_in_rank_0 else None)
+        call = pickle.dumps((_where(body), args, _Measured.here()))  # tensors by value, not through shared memory
         processes: list[BaseProcess] = []
         pipes: list[Connection] = []
         for rank in range(world):
             ours, theirs = multiprocessing.Pipe(duplex=False)
-            processes.append(_start(_live, rank, meeting, theirs, _where(body), args, _Measured.here()))
+            processes.append(_start(_live, rank, meeting, theirs, call))
             theirs.close()
             pipes.append(ours)
         return [_outcome(process, pipe, start, until) for process, pipe in zip(processes, pipes, strict=True)]

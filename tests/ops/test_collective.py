@@ -181,7 +181,7 @@ def late(rank, group):
 
 def ends(rank, group, lost, how):
     """`lost` ends in the middle of things; the others go on to sum."""
-    collective._LOOK_EVERY, rollcall.PATIENCE = timedelta(seconds=0.5), 3.0
+    collective._LOOK_EVERY, rollcall.PATIENCE = timedelta(seconds=0.5), 5.0
     x = torch.ones(2, requires_grad=True)
     y = differentiable_sum_over_ranks(x * x, group)
     if rank == lost:
@@ -201,7 +201,7 @@ def ends(rank, group, lost, how):
 
 
 def differing(rank, group):
-    rollcall.PATIENCE = 3.0
+    rollcall.PATIENCE = 5.0
     sum_over_ranks(torch.ones(6 + 3 * rank), group, WHAT)
 
 
@@ -225,7 +225,7 @@ ENDS = {
 @pytest.fixture(scope="module")
 def outcomes():
     """All of these at once: most of the time their processes wait for one another."""
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(max_workers=len(ENDS) + 4) as pool:
         started = {name: pool.submit(ranks.launch, ends, world, *how) for name, (world, *how) in ENDS.items()}
         started["host"] = pool.submit(ranks.launch, ends, 4, 0, "killed", store_in_rank_0=True)
         started["differing"] = pool.submit(ranks.launch, differing, 2)

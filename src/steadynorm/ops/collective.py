@@ -2,7 +2,8 @@
 
 Both go through one operation that torch takes as it is, so that a lost rank is told the same way from eager code, from
 a backward and from a compiled graph. It is registered as one with an effect: a compiler that drops the sum wherever
-its result is not used, as on a rank whose batch is empty, would leave the other ranks waiting for it.
+its result is not used, as on a rank whose batch is empty, would leave the other ranks waiting for it. torch 2.13 cannot
+run such an operation again within a compiled graph: checkpoint the compiled function, do not compile the checkpointed.
 """
 
 from __future__ import annotations
