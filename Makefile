@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-runtime ## train one network with and without batch nor
 	@echo "The report: $(CURDIR)/$(DEMO_DIR)/report.html"
 
 test: $(VENV)/.installed-test ## run every test and doctest, with coverage
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup --cov --cov-report=term
 
 doctest: $(VENV)/.installed-test ## run the docstrings' examples alone (`make test` runs them too)
 	$(BIN)/pytest src

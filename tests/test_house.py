@@ -30,6 +30,7 @@ PUBLIC = [
     "Renorm",
     "accumulate",
     "activations",
+    "average_",
     "compare",
     "domain",
     "errors",

@@ -12,6 +12,7 @@ from .nn import BatchNorm2d as BatchNorm2d
 from .nn import BatchNorm3d as BatchNorm3d
 from .nn import Renorm as Renorm
 from .nn import accumulate as accumulate
+from .nn import average_ as average_
 from .nn import domain as domain
 from .nn import freeze_ as freeze_
 from .nn import functional_call as functional_call
@@ -28,6 +29,7 @@ __all__ = [
     "Renorm",
     "accumulate",
     "activations",
+    "average_",
     "compare",
     "domain",
     "errors",

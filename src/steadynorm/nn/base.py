@@ -61,8 +61,11 @@ class BatchNorm(Stateful):
             raise ArgumentError(f"masked must be one of {get_args(Masked)}, got {masked!r}.")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ArgumentError(f"momentum must lie in [0, 1], the share of the new batch, or be None; got {momentum}.")
-        if ghost_batch_size is not None and ghost_batch_size < 1:
-            raise ArgumentError(f"ghost_batch_size must be a number of examples >= 1, or None; got {ghost_batch_size}.")
+        whole = isinstance(ghost_batch_size, (int, type(None)))  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not whole or (ghost_batch_size is not None and ghost_batch_size < 1):
+            raise ArgumentError(
+                f"ghost_batch_size must be a number of examples >= 1, or None; got {ghost_batch_size!r}."
+            )
         if renorm is not None and not isinstance(renorm, Renorm):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError(f"renorm must be a steadynorm.Renorm or None, got {renorm!r}.")
         needs_tracking = {'single_value="running"': single_value == "running", "renorm": renorm, "domains": domains}
@@ -118,8 +121,10 @@ class BatchNorm(Stateful):
         by_batch = running is None or (self.training and not self.frozen)
         group = resolve_group(self._group.group) if by_batch and self.training else None
         if by_batch and group is None and smallest_chunk(layout, len(input), self.ghost_batch_size) == 1:
-            by_batch = self._single_value_by_batch(input)
+            by_batch = self._single_value_by_batch(input, alone=layout.count == 1)
         weight, bias = self.affine_of(domain)
+        if running is not None and not torch.compiler.is_compiling() and not self.staleness.settled:
+            self.staleness.look(weight, running.mean, evaluating=not by_batch and not self.frozen)
         if self.frozen_affine:  # whatever became of requires_grad meanwhile
             weight, bias = (None if t is None else t.detach() for t in (weight, bias))
         correct = self._correction(running) if by_batch and self.training else None
@@ -147,12 +152,17 @@ class BatchNorm(Stateful):
             "activation checkpointing runs a forward again)."
         )
 
-    def _single_value_by_batch(self, input: Tensor) -> bool:
-        """Whether one value per channel is normalised by itself; refuses it if nothing else was asked for."""
-        if self.single_value == "error" and self.renorm is None:
+    def _single_value_by_batch(self, input: Tensor, alone: bool) -> bool:
+        """Whether one value per channel is normalised by itself; refuses it if nothing else was asked for.
+
+        Renorm asks for the running statistics where the value is `alone`, not where each chunk of a batch holds a
+        single one: none of them would ever be committed.
+        """
+        if self.single_value == "error" and not (self.renorm and alone):
             with_statistics = 'switch to evaluation with model.eval(), or choose single_value="running" or "beta"'
             without = 'choose single_value="beta", or track_running_stats=True'
-            refuse_single_value(input, str(self), with_statistics if self.tracks else without)
+            chunks = "" if alone else "a larger ghost_batch_size, or "
+            refuse_single_value(input, str(self), chunks + (with_statistics if self.tracks else without))
         return self.single_value == "beta"
 
     def _correction(self, running: Running | None) -> Correction | None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from steadynorm.errors import ArgumentError, ModelError
 from steadynorm.nn.base import BatchNorm
-from steadynorm.nn.remembering import Held, Remember, never
+from steadynorm.nn.remembering import Held, Remember, commit_now, never
 from steadynorm.nn.selection import required_layers
 
 __all__ = ["accumulate", "domain", "no_commit"]
@@ -126,4 +126,7 @@ def domain(model: nn.Module, name: str) -> Generator[None]:
 
 def _restore(layers: Sequence[BatchNorm], before: Sequence[Remember]) -> None:
     for layer, remember in zip(layers, before, strict=True):
-        layer.remember = remember
+        if remember is commit_now:  # the class's own: an attribute of the layer, even the same, would compile it anew
+            layer.__dict__.pop("remember", None)
+        else:
+            layer.remember = remember

@@ -6,6 +6,7 @@ DDP and `.to()` need not know of them.
 """
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,12 @@ def checked_domains(domains: Sequence[str] | None) -> tuple[str, ...]:
     if domains is None:
         return ()
     names = tuple(domains)
-    fine = not isinstance(domains, str) and all(f"_{n}".isidentifier() for n in names)
-    if not names or not fine or len(set(names)) < len(names):
+    ordered = not isinstance(domains, (str, AbstractSet))  # a set would put another domain first in every process
+    fine = all(isinstance(n, str) and n and f"_{n}".isidentifier() for n in names)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not (names and ordered and fine and len(set(names)) == len(names)):
         raise ArgumentError(
-            'domains must be different names of letters, digits and underscores, e.g. ("photo", "sketch"); '
-            f"got {domains!r}."
+            "domains must be a tuple or list of different names of letters, digits and underscores, e.g. "
+            f'("photo", "sketch"); got {domains!r}.'
         )
     return names
 

@@ -17,15 +17,17 @@ def freeze_(model: Model, affine: bool = True) -> Model:
 
         y = f(γ (x - μ) / sqrt(σ² + ε) + β + residual)      μ, σ²: the running ones, in training as in evaluation
 
-    A frozen layer is an affine map of its input, and backward keeps no activation for it. It stays frozen through
+    A frozen layer is an affine map of its input, for which backward keeps nothing of the input's size (a fused f keeps
+    what it needs itself, and so does a γ that goes on learning). It stays frozen through
     `model.train()`, `requires_grad_(True)` on the model (γ and β are detached in forward), `copy.deepcopy`, pickling,
     and `load_state_dict` into it, which changes its numbers and not its being frozen. The state_dict has no key of it,
     so that it goes on loading into `torch.nn`'s layers: a new model is frozen anew.
 
     Args:
         model: Its steadynorm batch norms are frozen, in place.
-        affine: Freeze γ and β as well: no gradient reaches them, and `requires_grad` is turned off so that optimisers
-            and DDP leave them out. With False they go on learning.
+        affine: Freeze γ and β as well: no gradient reaches them, the one they have is dropped, and `requires_grad` is
+            turned off, so that optimisers (weight decay included) and DDP leave them out. With False they go on
+            learning.
 
     Returns:
         The model.
@@ -50,10 +52,11 @@ def freeze_(model: Model, affine: bool = True) -> Model:
     for layer in layers:
         if layer.frozen_affine and not affine:
             unfreeze_(layer)
-        if affine and not layer.frozen_affine:
-            layer.unfrozen_grad = {name: p.requires_grad for name, p in layer.named_parameters(recurse=False)}
+        if affine:
+            if not layer.frozen_affine:  # the flags of before the first freeze_ are the ones to go back to
+                layer.unfrozen_grad = {name: p.requires_grad for name, p in layer.named_parameters(recurse=False)}
             for parameter in layer.parameters(recurse=False):
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(False).grad = None  # an optimiser moves what has a gradient, be it an old one
         layer.frozen, layer.frozen_affine = True, affine
     return model
 

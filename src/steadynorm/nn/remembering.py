@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steadynorm.errors import TransformError
 from steadynorm.ops import commit as committing
-from steadynorm.ops.autograd import composite_is_needed
+from steadynorm.ops.autograd import composite_is_needed, peeled
 from steadynorm.ops.commit import Running
 from steadynorm.ops.layout import accumulator_dtype
 from steadynorm.ops.reference import Statistics
@@ -84,9 +84,7 @@ def _outside_of_transforms(layer: "BatchNorm", running: Running, statistics: Sta
     if not inside or wrapped.is_functorch_wrapped_tensor(running.mean):
         yield statistics
         return
-    plain = [t.detach() for t in statistics]
-    while any(wrapped.is_gradtrackingtensor(t) for t in plain):
-        plain = [wrapped.get_unwrapped(t) if wrapped.is_gradtrackingtensor(t) else t for t in plain]
+    plain = [peeled(t.detach()) for t in statistics]
     if any(wrapped.is_batchedtensor(t) for t in plain):
         raise TransformError(
             f"{layer}: under torch.func.vmap there is one batch per mapped element, so the running statistics cannot "

@@ -12,6 +12,7 @@ from torch import Tensor
 from steadynorm.errors import ArgumentError
 from steadynorm.ops.autograd import composite_is_needed
 from steadynorm.ops.commit import Running, opaque, recomputing
+from steadynorm.ops.layout import accumulator_dtype
 from steadynorm.ops.reference import Statistics
 
 __all__ = ["Corrector", "Renorm"]
@@ -75,7 +76,8 @@ class Renorm:
         Returns:
             r_max and d_max at that step, scalars.
         """
-        since = torch.as_tensor(step) - self.warmup
+        step = torch.as_tensor(step)
+        since = (step - self.warmup).to(accumulator_dtype(step.device))
         for_r, for_d = (torch.clamp(since / max(ramp, 1) if ramp else since + 1.0, 0, 1) for ramp in self._ramps)
         return 1 + (self.r_max - 1) * for_r, self.d_max * for_d
 

@@ -12,6 +12,7 @@ from steadynorm.errors import ArgumentError, RejectedBatchWarning
 from steadynorm.nn import domains as per_domain
 from steadynorm.nn.domains import PARAMETERS, STATISTICS, named
 from steadynorm.nn.remembering import Remember, commit_now
+from steadynorm.nn.staleness import Staleness
 from steadynorm.ops.commit import Running
 from steadynorm.step import warn_if
 
@@ -42,6 +43,7 @@ class Stateful(TorchBatchNorm):
         self.register_buffer("_rejected", counter, persistent=False)
         per_domain.add_domains(self, domains, domain_affine)
         self._widen_buffers({})
+        self.staleness = Staleness(self.weight, self.running_mean)
 
     @property
     def tracks(self) -> bool:
@@ -130,18 +132,27 @@ class Stateful(TorchBatchNorm):
         self._widen_buffers(before)
         if counted_on_meta:
             self._reset_rejected()  # to_empty() leaves arbitrary memory, which no state_dict fills
+        self.staleness = Staleness(self.weight, self.running_mean)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        own = self.num_batches_tracked
-        if own is not None and prefix + "num_batches_tracked" not in state_dict:  # a checkpoint that lacks it
-            state_dict[prefix + "num_batches_tracked"] = torch.tensor(0) if own.is_meta else own
         per_domain.fill_in(state_dict, prefix, self.domains, self.domain_affine)
+        for d in self.domains or (None,):
+            name = named("num_batches_tracked", d, self.domains)
+            own = self._buffers.get(name)
+            if own is not None and prefix + name not in state_dict:  # a checkpoint that lacks it
+                state_dict[prefix + name] = torch.tensor(0) if own.is_meta else own
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._widen_buffers({})  # load_state_dict(assign=True) brings its own dtype
         counter, beside = self._rejected, self.running_mean
         if counter is not None and counter.is_meta and beside is not None and not beside.is_meta:
             self._reset_rejected()  # and its own device, to a layer built on "meta"
+        self.staleness = Staleness(self.weight, self.running_mean)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("remember", "active_domain")}
+        passing = ("remember", "active_domain", "staleness")
+        return {name: value for name, value in self.__dict__.items() if name not in passing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.staleness = Staleness(self.weight, self.running_mean)

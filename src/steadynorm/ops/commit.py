@@ -41,8 +41,8 @@ def recomputing() -> bool:
 def opaque() -> bool:
     """Whether a custom op must stand for what is done here: in a compiled graph, and under a dispatch mode.
 
-    Selective checkpointing is such a mode. It pairs the ops of a forward with those of the one that it runs again by
-    their order, so that both must call the same ones, whichever of them writes.
+    Selective checkpointing is such a mode. It pairs the ops of a forward with those of the one that it runs again, the
+    n-th of a kind with the n-th, so that a commit's own arithmetic, which is done once, must not be among them.
     """
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore
 
@@ -68,11 +68,13 @@ def commit(
         Whether the batch was rejected: a bool where the host could look for free, else a boolean scalar on the device;
         False where a compiled graph does it later.
     """
+    if _known_to_recompute():
+        return False
     with torch.no_grad():
         if opaque():
             torch.ops.steadynorm.commit_(*running, *(t.detach() for t in statistics), momentum, weighted)
             return False
-        return _commit(running, statistics, momentum, weighted)
+        return _commit(running, _values(statistics), momentum, weighted)
 
 
 def hold(held: Statistics, statistics: Statistics, rejected: Tensor | None = None) -> Tensor | bool:
@@ -86,17 +88,20 @@ def hold(held: Statistics, statistics: Statistics, rejected: Tensor | None = Non
     Returns:
         Whether the batch was rejected, as `commit` does.
     """
+    if _known_to_recompute():
+        return False
     with torch.no_grad():
         if opaque():
             torch.ops.steadynorm.hold_(*held, rejected, *(t.detach() for t in statistics))
             return False
-        return _hold(held, statistics, rejected)
+        return _hold(held, _values(statistics), rejected)
 
 
 def updated(
     running: Running, statistics: Statistics, momentum: float | None, *, weighted: bool = False
 ) -> tuple[Running, Tensor]:
     """What `commit` would write, as new tensors, and whether the batch was rejected; without a branch on any value."""
+    statistics = Statistics(*(t.detach() for t in statistics))
     known = statistics.count >= 2
     mean = statistics.mean.to(running.mean.dtype)
     variance = (statistics.m2 / torch.where(known, statistics.count - 1, 1.0)).to(running.var.dtype)
@@ -118,10 +123,26 @@ def updated(
     return Running(moved[0], moved[1], counts[0], counts[1]), refused
 
 
+def _known_to_recompute() -> bool:
+    """In eager mode no op is called the second time: inside of another context it would be one that the first was not.
+
+    Selective checkpointing refuses an op that it has not seen the first time, as after `no_commit` or `accumulate`.
+    """
+    return not torch.compiler.is_compiling() and recomputing()
+
+
+def _values(statistics: Statistics) -> Statistics:
+    """Without tangents: `no_grad` keeps graphs from being built, and does not concern forward-mode AD."""
+    if torch.autograd.forward_ad._current_level < 0:  # pyright: ignore
+        return statistics
+    return Statistics(*(t.detach() for t in statistics))
+
+
 def _commit(running: Running, statistics: Statistics, momentum: float | None, weighted: bool) -> Tensor | bool:
     if recomputing():
         return False
-    return (_commit_now if _host_may_look(statistics) else _commit_queued)(running, statistics, momentum, weighted)
+    look = _host_may_look(statistics) and not _is_transformed(running.mean)
+    return (_commit_now if look else _commit_queued)(running, statistics, momentum, weighted)
 
 
 def _commit_queued(running: Running, statistics: Statistics, momentum: float | None, weighted: bool) -> Tensor:
@@ -167,9 +188,13 @@ def _hold(held: Statistics, statistics: Statistics, rejected: Tensor | None) -> 
 
 def _host_may_look(statistics: Statistics) -> bool:
     """Whether reading a value waits for nothing; fake and transformed tensors say "cpu", but have no value to read."""
-    count = statistics.count
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(count)  # pyright: ignore
-    return count.device.type == "cpu" and type(count) is Tensor and not wrapped
+    mean = statistics.mean  # and not the count, which may be known from a shape and be no part of a transform
+    return type(mean) is Tensor and mean.device.type == "cpu" and not _is_transformed(mean)
+
+
+def _is_transformed(t: Tensor) -> bool:
+    """Whether this stands for a tensor of a torch.func transform."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)  # pyright: ignore
 
 
 def _fits(values: Tensor, dtype: torch.dtype) -> bool:
