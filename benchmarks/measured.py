@@ -3,11 +3,13 @@
     steadynorm compare --out sigmoid-mlp
     steadynorm compare --model elu-mlp-20 ... --out elu-mlp-20
     python benchmarks/null_experiment.py
+    python benchmarks/microbatch.py
     python benchmarks/measured.py sigmoid-mlp elu-mlp-20
 
 Copies each folder's `results.json` (less the curves) to docs/measured/, and writes the tables between the marks
-`<!-- measured -->` and `<!-- /measured -->` of README.md and docs/learn/claims.md anew. Without folders it only does
-the latter, from what docs/measured/ holds. A test checks that the pages say what the files do.
+`<!-- measured -->` and `<!-- /measured -->` of README.md, docs/learn/claims.md and docs/guides/small-batches.md anew.
+Without folders it only does the latter, from what docs/measured/ holds. A test checks that the pages say what the files
+do.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from steadynorm.report.schema import INITS
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "docs" / "measured"
 NETWORKS = {"sigmoid-mlp": "3 × 100 sigmoid", "elu-mlp-20": "20 × 100 ELU"}
-PAGES = {"README.md": "readme", "docs/learn/claims.md": "claims"}
+PAGES = {"README.md": "readme", "docs/learn/claims.md": "claims", "docs/guides/small-batches.md": "small-batches"}
 _BULKY = ("curves", "drift", "ratio_curve")
 _BLOCK = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
 
@@ -95,8 +97,39 @@ def null_sentence(null: dict[str, Any]) -> str:
     )
 
 
+def microbatch_tables(found: dict[str, Any]) -> str:
+    """Test accuracy of each arm, and the paired difference to the plain one, by network and order of the examples."""
+    labels = found["labels"]
+    places = list(dict.fromkeys((row["network"], row["order"]) for row in found["results"]))
+    heads = [f"{labels['networks'][network]}, {labels['orders'][order]}" for network, order in places]
+    rows = {(row["network"], row["order"], row["arm"]): row for row in found["results"]}
+    settings = found["settings"]
+    parts = [
+        f"Test accuracy in % after {settings['steps']} steps: mean of {settings['seeds']} seeds, and half the width of "
+        "its 95 % interval.",
+        "Percentage points more than plain, paired by seed, likewise.",
+    ]
+    for number, (figure, sign) in enumerate((("accuracy", ""), ("over_plain", "+z"))):
+        lines = [f"| {settings['microbatch']} at a time | {' | '.join(heads)} |", "| --- |" + " --- |" * len(heads)]
+        for arm, label in labels["arms"].items():
+            if not (sign and arm == "plain"):
+                cells = (_half_width(rows[*place, arm][figure], sign) for place in places)
+                lines.append(f"| {label} | {' | '.join(cells)} |")
+        parts[number] += "\n\n" + "\n".join(lines)
+    return "\n\n".join(parts)
+
+
+def _half_width(figure: list[float | None], sign: str) -> str:
+    mean, _, high = figure
+    if mean is None or high is None:
+        return "not measured" if mean is None else f"{100 * mean:{sign}.1f}"
+    return f"{100 * mean:{sign}.1f} ± {100 * (high - mean):.1f}"
+
+
 def block(page: str) -> str:
     """What stands between the marks of a page."""
+    if page == "small-batches":
+        return microbatch_tables(json.loads((MEASURED / "microbatch.json").read_text())) + "\n"
     results = {name: json.loads((MEASURED / f"{name}.json").read_text()) for name in NETWORKS}
     parts = [ratios_table(results), claims_table(results)]
     if page == "claims":

@@ -44,7 +44,10 @@ def test_the_claims_page_states_what_the_code_judges_by():
         assert re.search(rf"\b{statement.smallest_effect:g}\b", row.split(" | ")[2]), statement.id
 
 
-@pytest.mark.parametrize(("path", "page"), [("README.md", "readme"), ("docs/learn/claims.md", "claims")])
+@pytest.mark.parametrize(
+    ("path", "page"),
+    [("README.md", "readme"), ("docs/learn/claims.md", "claims"), ("docs/guides/small-batches.md", "small-batches")],
+)
 def test_the_measured_tables_say_what_the_measurements_do(path: str, page: str):
     spec = importlib.util.spec_from_file_location("measured", ROOT / "benchmarks" / "measured.py")
     measured = importlib.util.module_from_spec(spec)
