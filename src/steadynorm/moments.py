@@ -239,7 +239,7 @@ def checked_weight(weight: Tensor, x: Tensor, layout: Layout, what: str = "weigh
     if weight.is_complex():
         raise DtypeError(f"{what} must be boolean or real numbers >= 0, got {weight.dtype}.")
     aligned = align(weight.detach(), x, layout, what)
-    if weight.dtype == torch.bool or torch._C._functorch.is_batchedtensor(aligned):  # pyright: ignore
+    if weight.dtype == torch.bool or torch._C._functorch.is_batchedtensor(autograd.peeled(aligned)):  # pyright: ignore
         return aligned
     fine = ((aligned >= 0) & torch.isfinite(aligned)).all()
     message = f"{what} must be >= 0 and finite everywhere; use 0 to leave a position out."

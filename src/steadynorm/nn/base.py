@@ -208,7 +208,7 @@ class BatchNorm(Stateful):
         """
         if "qconfig" in self.__dict__:
             return self.__dict__["qconfig"]
-        lost = ", ".join(name for name in self._options if name not in ("process_group", "frozen"))
+        lost = ", ".join(name for name in self._options if name != "process_group")
         if lost and sys._getframe(1).f_code.co_name == "convert_sync_batchnorm":  # pyright: ignore[reportPrivateUsage]
             warnings.warn(
                 f"torch.nn.SyncBatchNorm.convert_sync_batchnorm drops {lost} of {self}: the model computes something "

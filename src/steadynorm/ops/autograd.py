@@ -20,7 +20,7 @@ from steadynorm.ops.reference import Gradients, Statistics, Train
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Correction", "composite_is_needed", "over_ranks", "train"]
+__all__ = ["Correction", "composite_is_needed", "over_ranks", "peeled", "train"]
 
 Correction = Callable[[Statistics, Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
 
@@ -118,8 +118,51 @@ def composite_is_needed() -> bool:
     )
 
 
+def peeled(t: Tensor) -> Tensor:
+    """What is inside of the wrappers of torch.func's derivatives; it may still be `vmap`'s."""
+    functorch = torch._C._functorch  # pyright: ignore
+    while functorch.is_gradtrackingtensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
+
+
+class _MergedOverRanks(torch.autograd.Function):
+    """`merged` for a compiled graph, with one sum over the ranks in backward.
+
+        dL/dμ_r = n_r / n Σ g_μ + 2 n_r (μ_r - μ) Σ g_m2      dL/dm2_r = Σ g_m2      Σ: over the ranks
+
+    Left to autograd, the two sums of the forward would become two in backward, one waiting for the other. Yet m2 does
+    not change with the common mean that it is taken around: Σ n_r (μ_r - μ) = 0.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        count: Tensor, mean: Tensor, m2: Tensor, group: "ProcessGroup"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return merged(Statistics(count, mean, m2), partial(differentiable_sum_over_ranks, group=group))
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, "ProcessGroup"], output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        count, mean, _, ctx.group = inputs
+        ctx.save_for_backward(count, mean, *output[:2])
+        ctx.mark_non_differentiable(output[0])
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, _grad_count: Tensor, grad_mean: Tensor, grad_m2: Tensor
+    ) -> tuple[None, Tensor, Tensor, None]:
+        own_count, own_mean, count, mean = ctx.saved_tensors
+        of_mean, of_m2 = differentiable_sum_over_ranks(torch.stack([grad_mean, grad_m2]), ctx.group).unbind()
+        share = own_count / torch.where(count > 0, count, 1.0)
+        return None, share * of_mean + 2 * own_count * (own_mean - mean) * of_m2, of_m2, None
+
+
 def over_ranks(local: Statistics, group: "ProcessGroup") -> Statistics:
     """This rank's statistics merged with those of the others, differentiably where a gradient is wanted."""
+    if torch.compiler.is_compiling():
+        return Statistics(*_MergedOverRanks.apply(*local, group))  # pyright: ignore
     if composite_is_needed() or any(t.requires_grad for t in local):
         return merged(local, partial(differentiable_sum_over_ranks, group=group))
     return merged(local, partial(sum_over_ranks, group=group, what="merging the batch's statistics"))

@@ -23,7 +23,7 @@ def chunk_sizes(batch_size: int, ghost_batch_size: int, values_per_example: int 
         >>> chunk_sizes(10, 4), chunk_sizes(9, 4), chunk_sizes(9, 4, values_per_example=49)
         ([4, 4, 2], [4, 5], [4, 4, 1])
     """
-    whole, rest = divmod(batch_size, ghost_batch_size)
+    whole, rest = batch_size // ghost_batch_size, batch_size % ghost_batch_size  # torch.compile cannot trace divmod
     sizes = [ghost_batch_size] * whole
     if rest * values_per_example == 1 and sizes:
         sizes[-1] += rest

@@ -59,7 +59,9 @@ def align(weight: Tensor, x: Tensor, layout: Layout, what: str = "weight") -> Te
     a weight of shape (N,) means one number per example, even where L happens to equal N.
     """
     sizes = [x.shape[d] for d in layout.positions]
-    fits = weight.dim() <= len(sizes) and all(w in (1, s) for w, s in zip(weight.shape, sizes, strict=False))
+    # Spelled out, because `w in (1, s)` is false for a symbolic size under torch.compile.
+    pairs = zip(weight.shape, sizes, strict=False)
+    fits = weight.dim() <= len(sizes) and all(w == 1 or w == s for w, s in pairs)
     if not fits:
         raise ShapeError(
             f"{what} must be broadcastable to the positions (N, *) = {tuple(sizes)} of an input of shape "
