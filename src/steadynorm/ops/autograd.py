@@ -121,7 +121,7 @@ def composite_is_needed() -> bool:
 def peeled(t: Tensor) -> Tensor:
     """What is inside of the wrappers of torch.func's derivatives; it may still be `vmap`'s."""
     functorch = torch._C._functorch  # pyright: ignore
-    while functorch.is_gradtrackingtensor(t):
+    while not torch.compiler.is_compiling() and functorch.is_gradtrackingtensor(t):  # which a compiler cannot trace
         t = functorch.get_unwrapped(t)
     return t
 
