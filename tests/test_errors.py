@@ -18,6 +18,7 @@ BUILT_IN = {
     "DataError": ValueError,
     "ModelError": ValueError,
     "DistributedError": RuntimeError,
+    "RecomputationError": RuntimeError,
     "TransformError": RuntimeError,
     "MissingDependencyError": ImportError,
 }

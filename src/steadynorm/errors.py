@@ -11,6 +11,7 @@
     ├── DataError (ValueError)              a file or data set that cannot be read as asked
     ├── ModelError (ValueError)             a model, factory or saved model that cannot be used as asked
     ├── DistributedError (RuntimeError)     a collective failed: a rank has gone, or the groups do not match
+    ├── RecomputationError (RuntimeError)   a forward run again that can no longer be what it was
     ├── TransformError (RuntimeError)       a torch.func transform that leaves nowhere to write statistics
     └── MissingDependencyError (ImportError)  an optional extra that is not installed
 
@@ -32,6 +33,7 @@ __all__ = [
     "DtypeError",
     "MissingDependencyError",
     "ModelError",
+    "RecomputationError",
     "RejectedBatchWarning",
     "ShapeError",
     "SingleValueError",
@@ -86,6 +88,10 @@ class ModelError(SteadynormError, ValueError):
 
 class DistributedError(SteadynormError, RuntimeError):
     """A collective failed: a rank has gone, or the groups do not match."""
+
+
+class RecomputationError(SteadynormError, RuntimeError):
+    """Activation checkpointing runs a forward again, and what it was made from is no longer known."""
 
 
 class TransformError(SteadynormError, RuntimeError):

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from steadynorm.activations import ActivationLike, resolve
+from steadynorm.errors import ArgumentError
 from steadynorm.moments import Moments
 from steadynorm.ops.commit import Running, commit
 from steadynorm.ops.groups import GroupLike, resolve_group
@@ -79,6 +80,8 @@ def batch_norm(
         >>> [round(v, 2) for v in y.flatten().tolist()]
         [-1.03, -0.74, -0.29, -0.15, 0.15, 2.06]
     """
+    if not 0 <= momentum <= 1:
+        raise ArgumentError(f"momentum must lie in [0, 1], the share of the new batch; got {momentum}.")
     layout = layout_of(input, channel_dim)
     group = resolve_group(process_group)
     if training and layout.count == 1 and group is None:

@@ -234,6 +234,8 @@ def checked_weight(weight: Tensor, x: Tensor, layout: Layout, what: str = "weigh
 
     Under `torch.func.vmap` the values of a batched weight cannot be read, so there they are taken as they are.
     """
+    if not isinstance(weight, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"{what} must be a tensor, got {type(weight).__name__}. Use torch.as_tensor.")
     if weight.device != x.device:
         raise DeviceError(f"{what} must be on the input's device {x.device}, got {weight.device}. Move it with .to().")
     if weight.is_complex():
@@ -243,7 +245,7 @@ def checked_weight(weight: Tensor, x: Tensor, layout: Layout, what: str = "weigh
         return aligned
     fine = ((aligned >= 0) & torch.isfinite(aligned)).all()
     message = f"{what} must be >= 0 and finite everywhere; use 0 to leave a position out."
-    if torch.compiler.is_compiling() or weight.device.type != "cpu":
+    if torch.compiler.is_compiling() or weight.device.type != "cpu" or type(fine) is not Tensor:  # a FakeTensor
         torch._assert_async(fine, message)  # pyright: ignore
     elif not fine:
         worst = aligned[~torch.isfinite(aligned) | (aligned < 0)][0].item()

@@ -111,7 +111,7 @@ def refuse_single_value(x: Tensor, what: str = "batch_norm", ways_out: str = "sw
     )
 
 
-def warn_if(refused: Tensor | bool, where: object) -> None:
+def warn_if(refused: Tensor | bool, where: object, stacklevel: int = 3) -> None:
     """Says that a batch was kept out of the running statistics, where that can be read without waiting for a device."""
     if refused is True:
         warnings.warn(
@@ -119,7 +119,7 @@ def warn_if(refused: Tensor | bool, where: object) -> None:
             "weights that sum to less than 2) was not committed: the running statistics stay as they were. Look for "
             "inf or NaN in the layer's input, and scale sample weights to a mean of 1.",
             RejectedBatchWarning,
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -139,6 +139,8 @@ def _normalize_by_running(
 
 
 def _checked_mask(mask: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    if not isinstance(mask, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"mask must be a boolean tensor, got {type(mask).__name__}. Use torch.as_tensor.")
     if mask.dtype != torch.bool:
         raise DtypeError(f"mask must be boolean (True: take part), got {mask.dtype}. For weights use sample_weight=.")
     if mask.device != x.device:

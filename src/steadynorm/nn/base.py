@@ -10,8 +10,9 @@ from torch import Tensor
 
 from steadynorm.activations import ActivationLike, resolve
 from steadynorm.errors import ArgumentError, ConversionWarning, ShapeError
+from steadynorm.nn.correcting import Corrector
 from steadynorm.nn.domains import checked_domains
-from steadynorm.nn.renorm import Corrector, Renorm
+from steadynorm.nn.renorm import Renorm
 from steadynorm.nn.state import Stateful
 from steadynorm.nn.tracing import is_proxy, leaf_call
 from steadynorm.ops.autograd import Correction
@@ -30,7 +31,6 @@ class BatchNorm(Stateful):
 
     _dims: tuple[int, ...] = ()
     _shape = ""
-    frozen: bool = False
     frozen_affine: bool = False
     unfrozen_grad: dict[str, bool] = {}  # noqa: RUF012 (replaced by freeze_, never changed)
 
@@ -61,7 +61,7 @@ class BatchNorm(Stateful):
             raise ArgumentError(f"masked must be one of {get_args(Masked)}, got {masked!r}.")
         if momentum is not None and not 0 <= momentum <= 1:
             raise ArgumentError(f"momentum must lie in [0, 1], the share of the new batch, or be None; got {momentum}.")
-        whole = isinstance(ghost_batch_size, (int, type(None)))  # pyright: ignore[reportUnnecessaryIsInstance]
+        whole = ghost_batch_size is None or type(ghost_batch_size) is int
         if not whole or (ghost_batch_size is not None and ghost_batch_size < 1):
             raise ArgumentError(
                 f"ghost_batch_size must be a number of examples >= 1, or None; got {ghost_batch_size!r}."
@@ -107,7 +107,7 @@ class BatchNorm(Stateful):
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Normalises `input`; in training mode also hands its statistics on to be committed. See the class."""
-        if is_proxy(input):
+        if any(map(is_proxy, (input, residual, mask, sample_weight))):
             return leaf_call(self, input, residual=residual, mask=mask, sample_weight=sample_weight)
         self._check_input_dim(input)
         layout = layout_of(input, self.channel_dim)

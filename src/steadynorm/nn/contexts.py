@@ -1,13 +1,15 @@
-"""When statistics are written, and whose they are: no_commit, accumulate, domain."""
+"""When statistics are written, and whose they are: no_commit, accumulate, domain.
 
-from collections.abc import Generator, Sequence
+A context holds for the model, whichever thread runs it: threads that need different ones need models of their own.
+"""
+
+from collections.abc import Generator
 from contextlib import contextmanager
 
 from torch import nn
 
 from steadynorm.errors import ArgumentError, ModelError
-from steadynorm.nn.base import BatchNorm
-from steadynorm.nn.remembering import Held, Remember, commit_now, never
+from steadynorm.nn.remembering import Held, never
 from steadynorm.nn.selection import required_layers
 
 __all__ = ["accumulate", "domain", "no_commit"]
@@ -36,13 +38,13 @@ def no_commit(model: nn.Module) -> Generator[None]:
         (tensor([0., 0.]), tensor(0))
     """
     layers = required_layers(model, "no_commit")
-    before = [layer.remember for layer in layers]
     for layer in layers:
-        layer.remember = never
+        layer.enter(never)
     try:
         yield
     finally:
-        _restore(layers, before)
+        for layer in layers:
+            layer.leave(never)
 
 
 @contextmanager
@@ -72,16 +74,16 @@ def accumulate(model: nn.Module) -> Generator[None]:
         (10.0, 55.2, 1)
     """
     layers = [layer for layer in required_layers(model, "accumulate") if layer.tracks]
-    before = [layer.remember for layer in layers]
     held = [Held(layer) for layer in layers]
     for layer, hold in zip(layers, held, strict=True):
-        layer.remember = hold
+        layer.enter(hold)
     try:
         yield
     finally:
-        _restore(layers, before)
-    for layer, hold, remember in zip(layers, held, before, strict=True):
-        hold.release(layer, remember)
+        for layer, hold in zip(layers, held, strict=True):
+            layer.leave(hold)
+    for layer, hold in zip(layers, held, strict=True):
+        hold.release(layer)
 
 
 @contextmanager
@@ -114,19 +116,10 @@ def domain(model: nn.Module, name: str) -> Generator[None]:
     for layer in layers:
         if name not in layer.domains:
             raise ArgumentError(f"unknown domain {name!r}: {layer} knows {', '.join(map(repr, layer.domains))}.")
-    before = [layer.active_domain for layer in layers]
     for layer in layers:
-        layer.active_domain = name
+        layer.enter_domain(name)
     try:
         yield
     finally:
-        for layer, earlier in zip(layers, before, strict=True):
-            layer.active_domain = earlier
-
-
-def _restore(layers: Sequence[BatchNorm], before: Sequence[Remember]) -> None:
-    for layer, remember in zip(layers, before, strict=True):
-        if remember is commit_now:  # the class's own: an attribute of the layer, even the same, would compile it anew
-            layer.__dict__.pop("remember", None)
-        else:
-            layer.remember = remember
+        for layer in layers:
+            layer.leave_domain(name)

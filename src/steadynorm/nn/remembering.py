@@ -54,10 +54,11 @@ class Held:
 
     def __init__(self, layer: "BatchNorm") -> None:
         place = layer.running(None if not layer.domains else layer.domains[0]).mean.device
-        zero = torch.zeros(layer.num_features, dtype=accumulator_dtype(place), device=place)
-        self.parts = {
-            domain: Statistics(zero.clone(), zero.clone(), zero.clone()) for domain in layer.domains or (None,)
-        }
+        with torch.inference_mode(False):  # ordinary tensors, wherever the block is entered
+            zero = torch.zeros(layer.num_features, dtype=accumulator_dtype(place), device=place)
+            self.parts = {
+                domain: Statistics(zero.clone(), zero.clone(), zero.clone()) for domain in layer.domains or (None,)
+            }
         self.weighted = False
 
     def __call__(self, layer: "BatchNorm", domain: str | None, statistics: Statistics, weighted: bool) -> Tensor | bool:
@@ -67,10 +68,10 @@ class Held:
         with _outside_of_transforms(layer, running, statistics) as plain:
             return committing.hold(self.parts[domain], plain, running.rejected)
 
-    def release(self, layer: "BatchNorm", remember: Remember) -> None:
+    def release(self, layer: "BatchNorm") -> None:
         """Hands what was merged on, to be committed."""
         for domain, statistics in self.parts.items():
-            layer.note(remember(layer, domain, statistics, self.weighted))
+            layer.note(layer.remember(layer, domain, statistics, self.weighted))
 
 
 @contextmanager

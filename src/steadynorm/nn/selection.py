@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from steadynorm.errors import ModelError
+from steadynorm.errors import ArgumentError, ModelError
 from steadynorm.nn.base import BatchNorm
 
 __all__ = ["layers_of", "required_layers"]
@@ -19,6 +19,8 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
 
 def required_layers(model: nn.Module, what: str) -> list[BatchNorm]:
     """The same where there must be some; says so, and what there is instead."""
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"{what} needs a torch.nn.Module, got {type(model).__name__}.")
     found = [layer for _, layer in layers_of(model)]
     if found:
         return found

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,13 @@ from steadynorm.step import warn_if
 __all__ = ["Stateful"]
 
 _NARROW = (torch.float16, torch.bfloat16)
+Entry = TypeVar("Entry")
+
+
+def _without(entries: tuple[Entry, ...], one: Entry) -> tuple[Entry, ...]:
+    """The entries less the last of those that are this very one."""
+    at = next(i for i in reversed(range(len(entries))) if entries[i] is one)
+    return entries[:at] + entries[at + 1 :]
 
 
 class Stateful(TorchBatchNorm):
@@ -30,9 +37,12 @@ class Stateful(TorchBatchNorm):
     _rejected: Tensor | None
     domains: tuple[str, ...]
     domain_affine: bool
-    # The defaults of what contexts and `freeze_` set on a layer; none of it is part of a copy or of a state_dict.
+    # What contexts set: the last one entered counts, and its own entry is what each takes out again. A copy has none.
     remember: Remember = staticmethod(commit_now)
     active_domain: str | None = None
+    entered: tuple[Remember, ...] = ()
+    domains_entered: tuple[str, ...] = ()
+    frozen: bool = False
 
     def _init_state(self, domains: tuple[str, ...], domain_affine: bool, device: torch.device | str | None) -> None:
         self.domains = domains
@@ -57,6 +67,30 @@ class Stateful(TorchBatchNorm):
             raise ArgumentError(f"{self} keeps no running statistics; build it with track_running_stats=True.")
         return Running(mean, var, tracked, self._rejected)
 
+    def enter(self, remember: Remember) -> None:
+        """From here on statistics go there."""
+        self.entered = (*self.entered, remember)
+        self.remember = remember
+
+    def leave(self, remember: Remember) -> None:
+        """And from here on where they went before, unless another context has been entered meanwhile."""
+        self.entered = _without(self.entered, remember)
+        if self.entered:
+            self.remember = self.entered[-1]
+        else:  # the class's own: an attribute of the layer, even the same, would compile it anew
+            self.__dict__.pop("remember", None)
+            self.__dict__.pop("entered", None)
+
+    def enter_domain(self, name: str) -> None:
+        """From here on forwards are of this domain."""
+        self.domains_entered = (*self.domains_entered, name)
+        self.active_domain = name
+
+    def leave_domain(self, name: str) -> None:
+        """And from here on of the one before."""
+        self.domains_entered = _without(self.domains_entered, name)
+        self.active_domain = self.domains_entered[-1] if self.domains_entered else None
+
     def replace_running(self, domain: str | None, running: Running) -> None:
         """Puts other tensors in the place of the buffers."""
         for name, value in zip(STATISTICS, running[:3], strict=True):
@@ -67,14 +101,15 @@ class Stateful(TorchBatchNorm):
         """γ and β for a domain."""
         if not self.domain_affine:
             return self.weight, self.bias
-        weight, bias = (self._parameters.get(named(name, domain, self.domains)) for name in PARAMETERS)
+        # As attributes: a parametrization, and DataParallel's replicas, have no parameters of these names.
+        weight, bias = (getattr(self, named(name, domain, self.domains)) for name in PARAMETERS)
         return weight, bias
 
     def note(self, refused: Tensor | bool) -> None:
         """Warns of a rejected batch where that is known at once."""
         if refused is True:
             self._rejected_seen += 1
-            warn_if(refused, self)
+            warn_if(refused, self, stacklevel=6)  # from a forward: beyond what torch puts around it, to its caller
 
     @property
     def rejected_batches(self) -> int:
@@ -96,7 +131,11 @@ class Stateful(TorchBatchNorm):
         return found
 
     def reset_running_stats(self) -> None:
-        """Back to mean 0 and variance 1, nothing counted, in all domains."""
+        """Back to mean 0 and variance 1, nothing counted, in all domains; a frozen layer stays as it is."""
+        if (
+            self.frozen
+        ):  # torch's `update_bn` resets every batch norm that it finds, and then measures none that is frozen
+            return
         super().reset_running_stats()
         per_domain.reset(self, self.__dict__.get("domains", ()))
         self._reset_rejected()
@@ -150,7 +189,7 @@ class Stateful(TorchBatchNorm):
         self.staleness = Staleness(self.weight, self.running_mean)
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("remember", "active_domain", "staleness")
+        passing = ("remember", "active_domain", "entered", "domains_entered", "staleness")
         return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

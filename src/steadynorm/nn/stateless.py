@@ -59,13 +59,12 @@ def functional_call(
     for part in given if isinstance(given, tuple) else (given,):
         tensors.update(part)
     layers = [layer for _, layer in layers_of(module)]
-    before = [layer.remember for layer in layers]
     for layer in layers:
-        layer.remember = aside
+        layer.enter(aside)
     try:
         # torch writes tensors that the forward has put in a buffer's place back into this dictionary.
         output = torch.func.functional_call(module, tensors, args, kwargs)
     finally:
-        for layer, remember in zip(layers, before, strict=True):
-            layer.remember = remember
+        for layer in layers:
+            layer.leave(aside)
     return output, {name: tensors[name] for name in names}

@@ -23,8 +23,8 @@ def is_proxy(value: object) -> bool:
 
 
 def leaf_call(module: nn.Module, input: Any, **options: Any) -> Tensor:
-    """Emits `call_module` for this module on the tracer of `input`, with those options that are not None."""
-    tracer = input.tracer
+    """Emits `call_module` for this module on the tracer of what is traced, with those options that are not None."""
+    tracer = next(value.tracer for value in (input, *options.values()) if is_proxy(value))
     path = tracer.path_of_module(module)
     if not path:
         raise ArgumentError("a layer cannot be the root of a torch.fx trace: trace nn.Sequential(layer) instead.")

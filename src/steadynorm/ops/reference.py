@@ -223,6 +223,8 @@ def backward(
     dx = (g - pull) * layout.line_up(invstd if weight is None else invstd * weight)
     if grad_mean is not None or grad_m2 is not None:
         dx = dx + _through_moments(grad_mean, grad_m2, centred, position_weight, per_count, layout)
+    if valid is not None:
+        dx = torch.where(valid, dx, 0)  # 0 also where the sums are not finite
     return Gradients(
         dx.to(x.dtype),
         None if weight is None else sum_gz.to(weight.dtype),
