@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.autograd import grad
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -23,7 +24,8 @@ from torch.utils.checkpoint import (
 
 import ranks
 import steadynorm as sn
-from steadynorm.errors import RejectedBatchWarning
+from steadynorm.errors import RecomputationError, RejectedBatchWarning
+from steadynorm.nn import correcting
 from support import Array, Stats, assert_close, batch_norm, central_differences, stats, wide
 
 # torch says so of a checkpoint inside of a reentrant one, whose first forward builds no graph.
@@ -438,3 +440,90 @@ def test_training_on_digits(kind):
         differing = {name.split(".")[-1] for name, t in ends[mode].items() if not torch.equal(t, ends["without"][name])}
         ours = kind is sn.BatchNorm2d
         assert differing == (set() if ours else {"running_mean", "running_var", "num_batches_tracked"}), mode
+
+
+class TestRenormsMemory:
+    """The corrections of a forward are found again for the one that is run again, whatever came between."""
+
+    RENORM = sn.Renorm(1.5, 0.5, warmup=0, ramp=0)
+
+    def layer(self, **options) -> sn.BatchNorm1d:
+        layer = sn.BatchNorm1d(3, dtype=torch.float64, renorm=self.RENORM, momentum=0.5, **options)
+        for name, buffer in layer.named_buffers():
+            if name.startswith("num_batches"):
+                buffer.fill_(1)
+        return layer
+
+    def check(self, step, **options) -> None:
+        """`step(forward, layer, x)` returns a loss; its gradient is that of the same step without a checkpoint."""
+        found = []
+        for again in (False, True):
+            layer = self.layer(**options)
+            x = torch.randn(12, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+
+            def forward(value, layer=layer, again=again):
+                return checkpoint(layer, value, use_reentrant=False) if again else layer(value)
+
+            loss = step(forward, layer, x)
+            if loss is not None:
+                loss.backward()
+            found.append([x.grad, *(p.grad for p in layer.parameters())])
+        for a, b in zip(*found, strict=True):
+            assert torch.equal(a, b)
+
+    def test_the_same_batch_twice(self):
+        self.check(lambda forward, layer, x: (forward(x).pow(3) + 2 * forward(x).pow(3)).sum())
+
+    def test_more_chunks_and_forwards_than_one_would_think(self):
+        self.check(lambda forward, layer, x: sum(forward(x + i).pow(3).sum() for i in range(70)))
+        self.check(
+            lambda forward, layer, x: forward(torch.cat([x + i for i in range(30)])).pow(3).sum(), ghost_batch_size=4
+        )
+
+    def test_a_look_in_between_that_commits_nothing(self):
+        def step(forward, layer, x):
+            y = forward(x)
+            with sn.no_commit(layer):
+                layer(x)
+            return y.pow(3).sum()
+
+        self.check(step)
+
+    def test_the_same_batch_in_two_domains(self):
+        def step(forward, layer, x):
+            with sn.domain(layer, "a"):
+                y = forward(x)
+            with sn.domain(layer, "b"):
+                forward(x)
+            with sn.domain(layer, "a"):
+                y.pow(3).sum().backward()
+
+        self.check(step, domains=("a", "b"))
+
+    def test_a_graph_that_is_kept_is_run_again_once_more(self):
+        layer = self.layer()
+        x = torch.randn(5, 3, dtype=torch.float64).requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=False).pow(3).sum()
+        first = torch.autograd.grad(y, x, retain_graph=True)[0]
+        assert torch.equal(torch.autograd.grad(y, x)[0], first)
+
+    def test_nothing_is_kept_where_there_is_no_checkpoint(self):
+        layer = self.layer()
+        for _ in range(3):
+            layer(torch.randn(5, 3, dtype=torch.float64).requires_grad_()).sum().backward()
+        assert layer._corrector._made == []
+
+    def test_what_was_forgotten_is_an_error_not_a_wrong_number(self, monkeypatch):
+        monkeypatch.setattr(correcting, "CAPACITY", 2)
+        layer = self.layer()
+        x = torch.randn(5, 3, dtype=torch.float64).requires_grad_()
+        losses = [checkpoint(layer, x + i, use_reentrant=False).pow(3).sum() for i in range(4)]
+        with pytest.raises(RecomputationError, match="Run backward earlier"):
+            sum(losses).backward()
+
+    def test_one_graph_serves_all_layers(self):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        for _ in range(3):
+            torch.compile(self.layer(), backend=counter, fullgraph=True)(torch.randn(5, 3, dtype=torch.float64))
+        assert counter.frame_count == 1

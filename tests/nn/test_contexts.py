@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import ranks
 import steadynorm as sn
-from steadynorm.errors import ModelError, RejectedBatchWarning, SingleValueError
+from steadynorm.errors import ArgumentError, ModelError, RejectedBatchWarning, SingleValueError
 from support import Stats, assert_close, batch_norm, central_differences, normalized, stats
 
 NAN = float("nan")
@@ -477,3 +477,53 @@ def test_over_ranks_it_is_the_batch_that_all_their_micro_batches_make_up(masked)
         assert_close(mean, 0.1 * expected.mean, "statistic")
         assert_close(variance, 0.9 + 0.1 * expected.unbiased, "variance")
         assert tracked.item() == 1
+
+
+class TestOverlapping:
+    """Contexts that do not end in the order they began in, as those of several threads."""
+
+    def test_each_takes_out_its_own(self):
+        layer = sn.BatchNorm1d(2)
+        first, second = sn.no_commit(layer), sn.accumulate(layer)
+        first.__enter__()
+        second.__enter__()
+        layer(torch.randn(8, 2))
+        first.__exit__(None, None, None)
+        layer(torch.randn(8, 2))
+        assert layer.num_batches_tracked.item() == 0
+        second.__exit__(None, None, None)
+        assert layer.num_batches_tracked.item() == 1
+        layer(torch.randn(8, 2))
+        assert layer.num_batches_tracked.item() == 2
+        assert "remember" not in layer.__dict__
+
+    def test_domains_too(self):
+        layer = sn.BatchNorm1d(2, domains=("a", "b"))
+        first, second = sn.domain(layer, "a"), sn.domain(layer, "b")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert layer.active_domain == "b"
+        second.__exit__(None, None, None)
+        assert layer.active_domain is None
+
+
+def test_a_block_entered_in_inference_mode_serves_forwards_outside_of_it():
+    layer = sn.BatchNorm1d(2)
+    with torch.inference_mode():
+        block = sn.accumulate(layer)
+        block.__enter__()
+    layer(torch.randn(8, 2))
+    block.__exit__(None, None, None)
+    assert layer.num_batches_tracked.item() == 1
+
+
+def test_a_model_is_asked_for():
+    with pytest.raises(ArgumentError, match=r"needs a torch\.nn\.Module, got list"), sn.no_commit([sn.BatchNorm1d(2)]):
+        pass
+
+
+def test_a_rejected_batch_is_reported_where_the_layer_was_called():
+    with pytest.warns(RejectedBatchWarning) as seen:
+        sn.BatchNorm1d(2)(torch.full((4, 2), float("nan")))
+    assert seen[0].filename == __file__

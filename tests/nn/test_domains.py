@@ -423,3 +423,15 @@ def test_two_scanners_of_digits(capsys):
     )
     assert max(shared) < 85
     assert min(separate) > 95
+
+
+def test_a_parametrized_weight_is_used_in_every_domain():
+    class Times3(nn.Module):
+        def forward(self, weight):
+            return 3 * weight
+
+    layer = sn.BatchNorm1d(2, domains=("a", "b"), domain_affine=True)
+    nn.utils.parametrize.register_parametrization(layer, "weight_b", Times3())
+    x = torch.randn(8, 2)
+    with sn.domain(layer, "b"):
+        assert_close(layer(x), 3 * batch_norm(x), "output")

@@ -408,3 +408,16 @@ def test_a_second_head_for_the_digits(capsys):
     assert before == frozen > 99
     assert thawed < 90
     assert learnt > 80
+
+
+def test_update_bn_measures_the_others_and_leaves_a_frozen_layer_as_it_is():
+    model = nn.Sequential(sn.BatchNorm1d(2), nn.Linear(2, 2), sn.BatchNorm1d(2))
+    model[0].running_mean.fill_(5.0)
+    sn.freeze_(model[0])
+    torch.optim.swa_utils.update_bn([torch.randn(8, 2)], model)
+    assert model[0].running_mean.tolist() == [5, 5]
+    assert (model[0].num_batches_tracked.item(), model[2].num_batches_tracked.item()) == (0, 1)
+    model[0].reset_parameters()
+    assert model[0].running_mean.tolist() == [5, 5]
+    sn.unfreeze_(model).apply(lambda m: isinstance(m, sn.BatchNorm1d) and m.reset_running_stats())
+    assert model[0].running_mean.tolist() == [0, 0]

@@ -16,7 +16,7 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 
 import ranks
 import steadynorm as sn
-from steadynorm.errors import ArgumentError
+from steadynorm.errors import ArgumentError, RejectedBatchWarning
 from support import ACTIVATIONS, assert_close, batch_norm, central_differences, normalized, stats
 
 NAN = float("nan")
@@ -526,3 +526,17 @@ def test_training_on_padded_sequences():
     """Everything else masks already: the padding reaches the network through the plain layer's statistics alone."""
     assert accuracy_after_training(sn.BatchNorm1d(32)) > 0.7
     assert accuracy_after_training(nn.BatchNorm1d(32)) < 0.3
+
+
+def test_padding_gets_gradient_0_also_where_a_valid_position_is_not_finite():
+    x = torch.randn(4, 3).index_fill_(0, torch.tensor([0]), float("inf")).requires_grad_()
+    with pytest.warns(RejectedBatchWarning):
+        y = sn.BatchNorm1d(3)(x, mask=torch.tensor([True, True, True, False]))
+    y.backward(torch.ones(4, 3))
+    assert x.grad[3].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("wrong", [{"mask": [True] * 4}, {"sample_weight": 2.0}], ids=str)
+def test_what_is_no_tensor_is_refused_by_name(wrong):
+    with pytest.raises(ArgumentError, match=r"must be a (boolean )?tensor, got (list|float)"):
+        sn.BatchNorm1d(3)(torch.randn(4, 3), **wrong)

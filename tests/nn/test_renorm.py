@@ -26,14 +26,15 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1).to(dtype)
 
 
-def layer_of(x: Tensor, renorm: sn.Renorm = TIGHT, **options) -> sn.BatchNorm1d | sn.BatchNorm2d:
-    """A layer of three channels for x, whose running statistics some batches are near to and others are not."""
+def layer_of(x: Tensor, renorm: sn.Renorm = TIGHT, counted: int = 1, **options) -> sn.BatchNorm1d | sn.BatchNorm2d:
+    """A layer of three channels for x, with running statistics that some batches are near to and others are not."""
     kind = sn.BatchNorm2d if x.dim() == 4 else sn.BatchNorm1d
     layer = kind(3, dtype=x.dtype, renorm=renorm, **options)
     for seed, t in enumerate(layer.parameters()):
         nn.init.trunc_normal_(t, generator=torch.Generator().manual_seed(seed + 50))
     layer.running_mean.copy_(torch.tensor([1.0, -2.0, 0.75]))
     layer.running_var.copy_(torch.tensor([4.0, 0.5, 30.0]))
+    layer.num_batches_tracked.fill_(counted)
     return layer
 
 
@@ -199,7 +200,7 @@ class TestSchedule:
 
     def test_a_layer_follows_it_by_the_batches_it_has_committed(self):
         renorm = sn.Renorm(2.0, 1.0, warmup=2, ramp=4)
-        layer = layer_of(rand(4, 3), renorm, momentum=0.01)
+        layer = layer_of(rand(4, 3), renorm, counted=0, momentum=0.01)
         for step, limits in enumerate([(1, 0), (1, 0), (1, 0), (1.25, 0.25), (1.5, 0.5), (1.75, 0.75), (2, 1), (2, 1)]):
             x, running = rand(4, 3, seed=step) * 3, Running.of(layer)
             with pytest.warns(RejectedBatchWarning):
@@ -216,6 +217,30 @@ class TestSchedule:
     )  # fmt: skip
     def test_out_of_range(self, wrong):
         with pytest.raises(ArgumentError, match="Renorm needs"):
+            sn.Renorm(**wrong)
+
+    def test_the_first_batch_is_plain_for_there_is_nothing_to_be_corrected_towards(self):
+        x = rand(4, 3) * 5 + 30
+        layer, plain = sn.BatchNorm1d(3, dtype=x.dtype, renorm=LOOSE), sn.BatchNorm1d(3, dtype=x.dtype)
+        assert torch.equal(layer(x), plain(x))
+        assert not torch.equal(layer(x), plain(x))
+
+    def test_statistics_measured_by_update_bn_stay_within_biased_and_unbiased(self):
+        model = nn.Sequential(
+            sn.BatchNorm1d(3, renorm=TIGHT), nn.Linear(3, 4), sn.BatchNorm1d(4, renorm=TIGHT)
+        ).double()
+        same = [rand(32, 3)] * 3  # of which each batch is the whole
+        torch.optim.swa_utils.update_bn(same, model)
+        hidden = model[1](
+            torch.from_numpy(normalized(same[0], stats(same[0]).mean, stats(same[0]).biased).astype(float))
+        )
+        # The first batch is normalised by its biased variance, the others by the unbiased one, 32/31 of it.
+        expected = stats(hidden).unbiased * (1 + 31 / 32 + 31 / 32) / 3
+        assert_close(model[2].running_var, expected, "output", torch.float32)
+
+    @pytest.mark.parametrize("wrong", [{"warmup": "5"}, {"ramp": [1, 2]}, {"r_max": None}], ids=str)
+    def test_no_numbers(self, wrong):
+        with pytest.raises(ArgumentError, match="Renorm is made of numbers"):
             sn.Renorm(**wrong)
 
     def test_a_layer_wants_a_schedule_and_running_statistics(self):
@@ -274,27 +299,29 @@ class TestSmallBatches:
             view = (1, 3, *(1,) * (x.dim() - 2))
             by_running = (wide(layer.weight) / np.sqrt(running.var + EPS)).reshape(view)
             assert_close(found, wide(upstream) * by_running, "gradient")
-            assert layer.num_batches_tracked.item() == 0
+            assert layer.num_batches_tracked.item() == 1
         else:
             r, d = corrections(at[0], running, LOOSE)
             expected = central_differences(lambda v: (renormed(v, *at[1:], r, d) * upstream.numpy()).sum(), at[0])
             assert_close(found, expected, "gradient")
             assert_close(layer.running_var, (running.var + stats(at[0]).unbiased) / 2, "variance")
-            assert layer.num_batches_tracked.item() == 1
+            assert layer.num_batches_tracked.item() == 2
 
     def test_one_value_where_beta_was_asked_for(self):
         x = rand(1, 3)
         layer = layer_of(x, LOOSE, single_value="beta")
         r, d = corrections(wide(x), Running.of(layer), LOOSE)
         assert_close(layer(x), renormed(wide(x), *plain_numbers(*layer.parameters()), r, d), "output")
-        assert layer.num_batches_tracked.item() == 0
+        assert layer.num_batches_tracked.item() == 1
 
     def test_the_cumulative_average(self):
-        layer = layer_of(rand(2, 3), momentum=None)
+        layer = layer_of(rand(2, 3), counted=0, momentum=None)
         batches = [rand(2, 3, seed=seed) for seed in range(4)]
         for x in batches:
             running = Running.of(layer)
-            r, d = corrections(wide(x), running, TIGHT)
+            r, d = (
+                corrections(wide(x), running, TIGHT) if x is not batches[0] else (np.ones(3, Wide), np.zeros(3, Wide))
+            )
             assert_close(layer(x), renormed(wide(x), *plain_numbers(*layer.parameters()), r, d), "output")
         assert_close(layer.running_mean, sum(stats(x).mean for x in batches) / 4, "statistic")
         assert_close(layer.running_var, sum(stats(x).unbiased for x in batches) / 4, "variance")
@@ -427,14 +454,14 @@ class TestGhost:
         batch = stats(at[0], weight=counted)
         assert_close(layer.running_mean, (running.mean + batch.mean) / 2, "statistic")
         assert_close(layer.running_var, (running.var + batch.unbiased) / 2, "variance")
-        assert layer.num_batches_tracked.item() == 1
+        assert layer.num_batches_tracked.item() == 2
 
 
 class TestCompiled:
     def check(self, backend: str, steps: int = 3) -> None:
         torch._dynamo.reset()
         renorm = sn.Renorm(1.2, 0.3, warmup=1, ramp=0)
-        layer = layer_of(rand(4, 3), renorm, momentum=0.5)
+        layer = layer_of(rand(4, 3), renorm, counted=0, momentum=0.5)
         step = torch.compile(layer, backend=backend, fullgraph=True)
         for seed in range(steps):
             x, upstream = rand(4, 3, seed=seed).requires_grad_(), rand(4, 3, seed=10 + seed)

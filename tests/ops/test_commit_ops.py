@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from steadynorm.nn.renorm import Corrector, Renorm
+from steadynorm.nn.correcting import Corrector
+from steadynorm.nn.renorm import Renorm
 from steadynorm.ops import commit as committing
 from steadynorm.ops.commit import Running, commit, hold
 from steadynorm.ops.reference import Statistics
@@ -82,7 +83,7 @@ class TestOpcheck:
     def test_corrections(self, counted):
         corrector = Corrector(Renorm(warmup=0, ramp=0))
         tracked = torch.tensor(3) if counted else None
-        arguments = (*measured(rand(5, 3)), torch.zeros(3), torch.ones(3), tracked, 1e-5, corrector._key)
+        arguments = (*measured(rand(5, 3)), torch.zeros(3), torch.ones(3), tracked, 1e-5, corrector._number)
         opcheck(OPS.corrections.default, arguments)
 
 
@@ -118,7 +119,7 @@ class TestValues:
     def test_corrections_are_new_tensors_within_the_limits(self):
         corrector, x = Corrector(Renorm(r_max=1.5, d_max=0.5, warmup=0, ramp=0)), rand(50, 3)
         mean, variance = torch.tensor([0.9, 0.9, 3.0]).double(), torch.tensor([4.0, 0.25, 4.0]).double()
-        r, d = OPS.corrections(*measured(x), mean, variance, torch.tensor(1), 1e-5, corrector._key)
+        r, d = OPS.corrections(*measured(x), mean, variance, torch.tensor(1), 1e-5, corrector._number)
         whole = stats(x)
         sigma = (variance.numpy() + 1e-5) ** 0.5
         ratio, distance = (whole.biased + 1e-5) ** 0.5 / sigma, (whole.mean - mean.numpy()) / sigma

@@ -39,6 +39,7 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
         masked: What a masked position gets: `"zero"`, or `"pass"` for the input itself and its gradient.
         ghost_batch_size: Normalise each chunk of so many examples by its own statistics; the chunks' pooled Moments are
             committed. The rest of a batch is a chunk of its own, unless it is a single value: then it joins the last.
+            Without running statistics evaluation goes by chunks, too.
         renorm: A `steadynorm.Renorm`: correct the batch's statistics towards the running ones.
         domains: Names of domains that have running statistics of their own; `with steadynorm.domain(model, name)` says
             which one a forward is of. The state_dict has the first one under torch.nn's names and the others beside it

@@ -90,6 +90,9 @@ def accumulate(model: nn.Module) -> Generator[None]:
 def domain(model: nn.Module, name: str) -> Generator[None]:
     """The forwards inside are of this domain: its running statistics (and γ, β with `domain_affine`) are used.
 
+    Where activation checkpointing runs a forward again, backward must run inside of the same domain (one backward for
+    each domain), for nothing else tells that second forward which one it is of.
+
     Args:
         model: Its layers that were built with `domains=` are meant; others go on as they are.
         name: One of their domains.

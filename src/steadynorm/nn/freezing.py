@@ -21,7 +21,8 @@ def freeze_(model: Model, affine: bool = True) -> Model:
     what it needs itself, and so does a γ that goes on learning). It stays frozen through
     `model.train()`, `requires_grad_(True)` on the model (γ and β are detached in forward), `copy.deepcopy`, pickling,
     and `load_state_dict` into it, which changes its numbers and not its being frozen. The state_dict has no key of it,
-    so that it goes on loading into `torch.nn`'s layers: a new model is frozen anew.
+    so that it goes on loading into `torch.nn`'s layers: a new model is frozen anew. `reset_running_stats`, which torch's
+    `update_bn` calls on every batch norm, leaves it alone.
 
     Args:
         model: Its steadynorm batch norms are frozen, in place.
