@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import ranks
+import steadynorm as sn
 import support
 from steadynorm.errors import ArgumentError, ModelError
 from steadynorm.nn import BatchNorm1d, BatchNorm2d
 from steadynorm.nn.averaging import average_
-from support import Wide, wide
+from support import Wide, assert_close, stats, wide
 
 LAYERS = [BatchNorm1d, nn.BatchNorm1d]
 
@@ -296,3 +298,21 @@ def test_the_guides_tables_say_what_was_measured():
     written = benchmark.BLOCK.search(page)[0]
     wanted = benchmark.tables(json.loads(benchmark.MEASURED.read_text(encoding="utf-8")))
     assert wanted in written, "run python benchmarks/averaging.py --tables"
+
+
+def average_on_a_rank(rank, group, parts, masks):
+    model = sn.BatchNorm1d(3, process_group=group, dtype=torch.float64, momentum=1.0)
+    ema = copy.deepcopy(model)
+    model(parts[rank], mask=masks[rank])
+    sn.average_(ema, model, 0.5)
+    return ema.running_mean, ema.running_var
+
+
+@pytest.mark.xdist_group("ranks")
+def test_over_ranks_with_a_mask_every_rank_has_the_average_of_the_whole_batch():
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mask = torch.tensor([True, True, False, True, True, False, True])
+    whole = stats(x, weight=mask)
+    for mean, variance in ranks.run(average_on_a_rank, 2, x.split([5, 2]), mask.split([5, 2])):
+        assert_close(mean, whole.mean / 2, "statistic")
+        assert_close(variance, ((1 + whole.unbiased**0.5) / 2) ** 2, "variance")  # means of deviations

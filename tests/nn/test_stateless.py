@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import grad, grad_and_value, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
+import ranks
 import steadynorm as sn
 from steadynorm.errors import RejectedBatchWarning, TransformError
 from support import ACTIVATIONS, Array, Stats, Wide, assert_close, batch_norm, central_differences, stats, wide
@@ -561,3 +562,25 @@ class TestForwardMode:
                 layer(forward_ad.make_dual(scale * X, UPSTREAM))
             assert all(forward_ad.unpack_dual(t).tangent is None for t in layer.remember.parts[None])
         assert_buffers(dict(layer.named_buffers()), stats(torch.cat([X, 3 * X])))
+
+
+def call_on_a_rank(rank, group, parts, masks):
+    layer = sn.BatchNorm1d(3, process_group=group, dtype=torch.float64)
+    tensors = (dict(layer.named_parameters()), dict(layer.named_buffers()))
+    y, buffers = sn.functional_call(layer, tensors, parts[rank], {"mask": None if masks is None else masks[rank]})
+    return y.detach(), buffers["running_mean"], buffers["running_var"], layer.num_batches_tracked.item()
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("masked", [False, True])
+def test_over_ranks_the_buffers_returned_are_those_of_the_whole_batch(masked):
+    x = torch.randn(7, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    mask = torch.tensor([True, True, False, True, True, False, True]) if masked else None
+    masks = mask.split([5, 2]) if masked else None
+    results = ranks.run(call_on_a_rank, 2, x.split([5, 2]), masks)
+    whole = stats(x, weight=mask)
+    assert_close(torch.cat([y for y, *_ in results]), batch_norm(x, mask=mask), "output")
+    for _, mean, variance, written in results:
+        assert_close(mean, 0.1 * whole.mean, "statistic")
+        assert_close(variance, 0.9 + 0.1 * whole.unbiased, "variance")
+        assert written == 0
