@@ -64,7 +64,8 @@ def batch_norm(
         y, in x's shape, dtype and memory format.
 
     Raises:
-        SingleValueError: While training, every channel holds a single value.
+        SingleValueError: While training, every channel holds a single value (on one process; never over ranks).
+        ArgumentError: momentum, eps or another option is out of range, or running statistics are missing.
         ShapeError, DtypeError, DeviceError: The tensors do not go together.
         WeightError: A sample weight is negative or not finite.
         DistributedError: A rank has gone; the message names it.
@@ -132,7 +133,7 @@ def batch_norm_with_moments(
         y, and the Moments of x; both are differentiable with respect to x.
 
     Raises:
-        ShapeError, DtypeError, DeviceError, WeightError: As in `batch_norm`.
+        ArgumentError, ShapeError, DtypeError, DeviceError, WeightError, DistributedError: As in `batch_norm`.
 
     Example:
         >>> import torch

@@ -19,7 +19,7 @@ from steadynorm.moments import checked_weight
 from steadynorm.ops import autograd, ghost, reference
 from steadynorm.ops.autograd import Correction
 from steadynorm.ops.layout import Layout, align
-from steadynorm.ops.reference import Statistics, Train
+from steadynorm.ops.reference import Operands, Statistics, Train
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -87,16 +87,16 @@ def run(
     if not training:
         if running_mean is None or running_var is None:
             raise ArgumentError("evaluation needs running_mean and running_var; pass them, or training=True.")
-        y = _normalize_by_running(x, running_mean, running_var, weight, bias, residual, valid, spec)
+        y = _normalize_by_running(Operands(x, weight, bias, residual, None, valid), running_mean, running_var, spec)
     else:
         position_weight = valid
         if weights is not None:
             position_weight = weights if valid is None else torch.where(valid, weights, 0)
-        arguments = (x, weight, bias, residual, position_weight, valid, spec, settings.correct)
+        operands = Operands(x, weight, bias, residual, position_weight, valid)
         if settings.ghost_batch_size is None:
-            y, statistics = autograd.train(*arguments)
+            y, statistics = autograd.train(operands, spec, settings.correct)
         else:
-            y, statistics = ghost.train(*arguments, settings.ghost_batch_size)
+            y, statistics = ghost.train(operands, spec, settings.correct, settings.ghost_batch_size)
     if valid is not None and settings.masked == "pass":
         y = torch.where(valid, y, x)
     return y, statistics
@@ -123,19 +123,10 @@ def warn_if(refused: Tensor | bool, where: object, stacklevel: int = 3) -> None:
         )
 
 
-def _normalize_by_running(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    valid: Tensor | None,
-    spec: Train,
-) -> Tensor:
+def _normalize_by_running(operands: Operands, mean: Tensor, variance: Tensor, spec: Train) -> Tensor:
     # Elementwise with constants per channel: an example gets the same result alone as in any batch.
-    dtype = torch.promote_types(torch.promote_types(x.dtype, mean.dtype), torch.float32)
-    return reference.normalize(x, mean.to(dtype), variance.to(dtype), weight, bias, residual, valid, spec)
+    dtype = torch.promote_types(torch.promote_types(operands.x.dtype, mean.dtype), torch.float32)
+    return reference.normalize(operands, mean.to(dtype), variance.to(dtype), spec)
 
 
 def _checked_mask(mask: Tensor, x: Tensor, layout: Layout) -> Tensor:

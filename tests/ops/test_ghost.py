@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from steadynorm.ops.ghost import chunk_sizes, smallest_chunk, train
 from steadynorm.ops.layout import Layout, align
-from steadynorm.ops.reference import Train
+from steadynorm.ops.reference import Operands, Train
 from support import assert_close, stats
 
 
@@ -68,7 +68,7 @@ def test_pooled_are_the_moments_of_the_whole_batch(channel_dim, offset):
     valid = align(mask, x, layout)
     position_weight = torch.where(valid, align(weight, x, layout), 0)
     spec = Train(layout, 1e-5, None)
-    _, pooled = train(x, None, None, None, position_weight, valid, spec, None, 3)
+    _, pooled = train(Operands(x, position_weight=position_weight, valid=valid), spec, None, 3)
     expected = stats(x, channel_dim, mask * weight[:, None])
     for found, wanted in zip(pooled, expected, strict=True):
         np.testing.assert_allclose(found.numpy(), wanted.astype(float), rtol=1e-10 if offset == 0 else 1e-9)
@@ -81,7 +81,7 @@ def test_pooled_are_the_moments_of_the_whole_batch(channel_dim, offset):
 
 def test_pooled_carry_no_gradient_and_the_output_does():
     x = rand(6, 2).requires_grad_()
-    y, pooled = train(x, None, None, None, None, None, Train(Layout.of(x), 1e-5, None), None, 2)
+    y, pooled = train(Operands(x), Train(Layout.of(x), 1e-5, None), None, 2)
     assert y.requires_grad
     assert not any(t.requires_grad for t in pooled)
     assert_close(pooled.mean, stats(x).mean, "statistic")

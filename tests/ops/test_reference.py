@@ -7,7 +7,7 @@ import torch
 from steadynorm.activations import Activation
 from steadynorm.ops import reference
 from steadynorm.ops.layout import Layout, align
-from steadynorm.ops.reference import Train
+from steadynorm.ops.reference import Operands, Train
 from support import ACTIVATIONS, assert_close, batch_norm, central_differences, stats
 
 
@@ -35,8 +35,9 @@ def test_every_term_of_the_closed_form(weighted, masked, activation):
     if valid is not None:
         used = valid if used is None else torch.where(valid, used, 0)
     spec = Train(layout, 1e-5, None if activation is None else Activation(activation))
-    _, statistics = reference.train(x, gamma, beta, residual, used, valid, spec)
-    found = reference.backward(upstream, to_mean, to_m2, x, gamma, beta, residual, used, valid, statistics, spec)
+    operands = Operands(x, gamma, beta, residual, used, valid)
+    _, statistics = reference.train(operands, spec)
+    found = reference.backward(upstream, to_mean, to_m2, operands, statistics, spec)
 
     inputs = {"x": x.numpy(), "weight": gamma.numpy(), "bias": beta.numpy(), "residual": residual.numpy()}
     positions = None if used is None else used.expand(5, 1, 3)[:, 0].numpy()
@@ -60,8 +61,8 @@ def test_gradients_of_the_statistics_alone():
     """dμ/dx = 1 / n and dm2/dx = 2 (x - μ), with no gradient to y; nor is one returned for what was not given."""
     x = rand(4, 2)
     spec = Train(Layout.of(x), 1e-5, None)
-    _, statistics = reference.train(x, None, None, None, None, None, spec)
-    arguments = (x, None, None, None, None, None, statistics, spec)
+    _, statistics = reference.train(Operands(x), spec)
+    arguments = (Operands(x), statistics, spec)
     to_mean = rand(2, seed=1)
     only_mean = reference.backward(None, to_mean, None, *arguments)
     assert only_mean[1:] == (None, None, None)

@@ -34,8 +34,8 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
         single_value: What a training batch of one value per channel gets: `"error"` raises SingleValueError;
             `"running"` normalises it by the running statistics; `"beta"` takes its variance for 0, so y = f(β +
             residual). It is never committed: one value has no variance. Decided by the shape: where a mask leaves one
-            position of several, that one is taken as by `"beta"`. With `renorm` the default is `"running"`; with a
-            process group of several ranks the ranks' values count together, and none is refused.
+            position of several, that one is taken as by `"beta"` (and corrected by `renorm`). With `renorm` the default
+            is `"running"`; with a process group of several ranks the ranks' values count together, and none is refused.
         masked: What a masked position gets: `"zero"`, or `"pass"` for the input itself and its gradient.
         ghost_batch_size: Normalise each chunk of so many examples by its own statistics; the chunks' pooled Moments are
             committed. The rest of a batch is a chunk of its own, unless it is a single value: then it joins the last.
@@ -65,6 +65,8 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
         ShapeError, DtypeError, DeviceError, WeightError: The input does not fit the layer.
         ArgumentError: An option is out of range, or a layer with domains is called outside of `steadynorm.domain`.
         DistributedError: A rank has gone; the message names it.
+        TransformError: `torch.func.vmap` over a layer in training that is to commit.
+        RecomputationError: With `renorm`, more forwards than are remembered waited for a checkpoint's backward.
 
     Source:
         Ioffe and Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate

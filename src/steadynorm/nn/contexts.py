@@ -90,8 +90,10 @@ def accumulate(model: nn.Module) -> Generator[None]:
 def domain(model: nn.Module, name: str) -> Generator[None]:
     """The forwards inside are of this domain: its running statistics (and γ, β with `domain_affine`) are used.
 
-    Where activation checkpointing runs a forward again, backward must run inside of the same domain (one backward for
-    each domain), for nothing else tells that second forward which one it is of.
+    Where activation checkpointing runs a forward again that depends on the domain (`domain_affine`, renorm,
+    `single_value="running"`, frozen layers, evaluation), backward must run inside of the same domain, one backward for
+    each: nothing else tells that second forward which one it is of. Outside of any it is an error, inside of another
+    one the gradients are that one's.
 
     Args:
         model: Its layers that were built with `domains=` are meant; others go on as they are.

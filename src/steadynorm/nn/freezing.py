@@ -18,10 +18,10 @@ def freeze_(model: Model, affine: bool = True) -> Model:
         y = f(γ (x - μ) / sqrt(σ² + ε) + β + residual)      μ, σ²: the running ones, in training as in evaluation
 
     A frozen layer is an affine map of its input, for which backward keeps nothing of the input's size (a fused f keeps
-    what it needs itself, and so does a γ that goes on learning). It stays frozen through
-    `model.train()`, `requires_grad_(True)` on the model (γ and β are detached in forward), `copy.deepcopy`, pickling,
-    and `load_state_dict` into it, which changes its numbers and not its being frozen. The state_dict has no key of it,
-    so that it goes on loading into `torch.nn`'s layers: a new model is frozen anew. `reset_running_stats`, which torch's
+    what it needs itself, and so does a γ that goes on learning). It stays frozen through `model.train()`,
+    `requires_grad_(True)` on the model (γ and β are detached in forward), `copy.deepcopy`, pickling, and
+    `load_state_dict` into it, which changes its numbers and not its being frozen. The state_dict has no key of it, so
+    that it goes on loading into `torch.nn`'s layers: a new model is frozen anew. `reset_running_stats`, which torch's
     `update_bn` calls on every batch norm, leaves it alone.
 
     Args:

@@ -132,9 +132,8 @@ class Stateful(TorchBatchNorm):
 
     def reset_running_stats(self) -> None:
         """Back to mean 0 and variance 1, nothing counted, in all domains; a frozen layer stays as it is."""
-        if (
-            self.frozen
-        ):  # torch's `update_bn` resets every batch norm that it finds, and then measures none that is frozen
+        # torch's `update_bn` resets every batch norm that it finds, and then measures none that is frozen.
+        if self.frozen:
             return
         super().reset_running_stats()
         per_domain.reset(self, self.__dict__.get("domains", ()))

@@ -15,7 +15,7 @@ from torch import Tensor
 from steadynorm.ops import reference
 from steadynorm.ops.collective import differentiable_sum_over_ranks, sum_over_ranks
 from steadynorm.ops.merging import merged
-from steadynorm.ops.reference import Gradients, Statistics, Train
+from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -33,26 +33,19 @@ class BatchNormTrain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        position_weight: Tensor | None,
-        valid: Tensor | None,
-        given: Statistics | None,
-        spec: Train,
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, given: Statistics | None, spec: Train, *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        operands = Operands(*tensors)
         if given is None:
-            y, statistics = reference.train(x, weight, bias, residual, position_weight, valid, spec)
+            y, statistics = reference.train(operands, spec)
         else:
-            y, statistics = _normalize_by(given, x, weight, bias, residual, position_weight, valid, spec), given
+            y, statistics = _normalize_by(given, operands, spec), given
         ctx.spec = spec
         # What is added last has the output's own gradient: its values are needed only to differentiate an activation.
-        ctx.added_last = None if residual is None or spec.activation is not None else residual.dtype
-        kept = residual if ctx.added_last is None else None
-        ctx.save_for_backward(x, weight, bias, kept, position_weight, valid, *statistics)
+        added_last = operands.residual is not None and spec.activation is None
+        ctx.added_last = operands.residual.dtype if operands.residual is not None and added_last else None
+        ctx.save_for_backward(*(operands._replace(residual=None) if added_last else operands), *statistics)
         ctx.mark_non_differentiable(statistics.count)
         ctx.set_materialize_grads(False)
         return y, statistics.count, statistics.mean, statistics.m2
@@ -61,43 +54,38 @@ class BatchNormTrain(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_y: Tensor | None, _grad_count: Tensor | None, grad_mean: Tensor | None, grad_m2: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, position_weight, valid, count, mean, m2 = ctx.saved_tensors
+        tensors: tuple[Any, ...] = ctx.saved_tensors
+        count, mean, m2 = tensors[6:]
+        operands = Operands(*tensors[:6])
         if torch.is_grad_enabled():  # create_graph=True: a derivative of this derivative will be asked for
-            found = _differentiable_backward(
-                (grad_y, grad_mean, grad_m2), (x, weight, bias, residual), position_weight, valid, ctx.spec
-            )
+            found = _differentiable_backward((grad_y, grad_mean, grad_m2), operands, ctx.spec)
         else:
             summed = None
-            if ctx.spec.group is not None and ctx.needs_input_grad[0]:  # or nobody asks what the others pulled
+            wanted_by_x = ctx.needs_input_grad[2]  # or nobody asks what the other ranks pulled
+            if ctx.spec.group is not None and wanted_by_x:
                 summed = partial(sum_over_ranks, group=ctx.spec.group, what="summing the batch's gradients")
-            found = reference.backward(
-                grad_y, grad_mean, grad_m2,
-                x, weight, bias, residual, position_weight, valid, Statistics(count, mean, m2), ctx.spec, summed,
-            )  # fmt: skip
+            statistics = Statistics(count, mean, m2)
+            found = reference.backward(grad_y, grad_mean, grad_m2, operands, statistics, ctx.spec, summed)
         if ctx.added_last is not None and grad_y is not None:
-            g = grad_y if valid is None else torch.where(valid, grad_y, 0)
+            g = grad_y if operands.valid is None else torch.where(operands.valid, grad_y, 0)
             found = found._replace(residual=g.to(ctx.added_last))
-        return *found, None, None, None, None
+        return None, None, *found, None, None
 
 
-def _differentiable_backward(
-    grads: tuple[Tensor | None, ...],
-    inputs: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
-    position_weight: Tensor | None,
-    valid: Tensor | None,
-    spec: Train,
-) -> Gradients:
+def _differentiable_backward(grads: tuple[Tensor | None, ...], operands: Operands, spec: Train) -> Gradients:
     """The same derivative, as a graph: autograd through the composite, which can be differentiated again.
 
     The inputs are aliased first: where one depends on another (a residual computed from x), autograd would otherwise
     follow that path as well and count it twice.
     """
-    x, weight, bias, residual = (None if t is None else t.view_as(t) for t in inputs)
-    assert x is not None  # noqa: S101 (x is a Tensor by the signature; the comprehension hides it from the type checker)
-    y, statistics = _composite(x, weight, bias, residual, position_weight, valid, spec, None)
+    x = operands.x.view_as(operands.x)
+    weight, bias, residual = (None if t is None else t.view_as(t) for t in operands[1:4])
+    aliased = operands._replace(x=x, weight=weight, bias=bias, residual=residual)
+    y, statistics = _composite(aliased, spec, None)
+    aliases = aliased[:4]
     outputs = (y, statistics.mean, statistics.m2)
     reached = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
-    wanted = [t for t in (x, weight, bias, residual) if t is not None and t.requires_grad]
+    wanted = [t for t in aliases if t is not None and t.requires_grad]
     if not (reached and wanted):
         return Gradients(None, None, None, None)
     found = iter(
@@ -105,7 +93,6 @@ def _differentiable_backward(
             [out for out, _ in reached], wanted, [g for _, g in reached], create_graph=True, allow_unused=True
         )
     )
-    aliases = (x, weight, bias, residual)
     return Gradients(*(next(found) if t is not None and t.requires_grad else None for t in aliases))
 
 
@@ -168,66 +155,44 @@ def over_ranks(local: Statistics, group: "ProcessGroup") -> Statistics:
     return merged(local, partial(sum_over_ranks, group=group, what="merging the batch's statistics"))
 
 
-def _normalize_by(
-    statistics: Statistics,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    position_weight: Tensor | None,
-    valid: Tensor | None,
-    spec: Train,
-) -> Tensor:
-    biased = statistics.m2 * reference.reciprocal_count(statistics, position_weight, spec)
-    return reference.normalize(x, statistics.mean, biased, weight, bias, residual, valid, spec)
+def _normalize_by(statistics: Statistics, operands: Operands, spec: Train) -> Tensor:
+    biased = statistics.m2 * reference.reciprocal_count(statistics, operands.position_weight, spec)
+    return reference.normalize(operands, statistics.mean, biased, spec)
 
 
-def _composite(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    position_weight: Tensor | None,
-    valid: Tensor | None,
-    spec: Train,
-    correct: Correction | None,
-) -> tuple[Tensor, Statistics]:
+def _composite(operands: Operands, spec: Train, correct: Correction | None) -> tuple[Tensor, Statistics]:
     """The training step as one graph of differentiable operations, the sums over ranks included."""
     if spec.group is None and correct is None:
-        return reference.train(x, weight, bias, residual, position_weight, valid, spec)
-    statistics = reference.measure(x, position_weight, spec.layout)
+        return reference.train(operands, spec)
+    statistics = reference.measure(operands.x, operands.position_weight, spec.layout)
     if spec.group is not None:
         statistics = over_ranks(statistics, spec.group)
     if correct is not None:
-        weight, bias = correct(Statistics(*(t.detach() for t in statistics)), weight, bias)
-    return _normalize_by(statistics, x, weight, bias, residual, position_weight, valid, spec), statistics
+        operands = _corrected(operands, Statistics(*(t.detach() for t in statistics)), correct)
+    return _normalize_by(statistics, operands, spec), statistics
 
 
-def train(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    position_weight: Tensor | None,
-    valid: Tensor | None,
-    spec: Train,
-    correct: Correction | None = None,
-) -> tuple[Tensor, Statistics]:
+def _corrected(operands: Operands, statistics: Statistics, correct: Correction) -> Operands:
+    weight, bias = correct(statistics, operands.weight, operands.bias)
+    return operands._replace(weight=weight, bias=bias)
+
+
+def train(operands: Operands, spec: Train, correct: Correction | None = None) -> tuple[Tensor, Statistics]:
     """Measure, merge over the ranks of `spec.group`, and normalize, with gradients to x, weight, bias and residual.
 
     Args:
-        x, weight, bias, residual, position_weight, valid, spec: As in `reference.train`.
+        operands, spec: As in `reference.train`.
         correct: What makes another weight and bias of the statistics, through which no gradient flows (batch renorm).
     """
     if composite_is_needed():
-        return _composite(x, weight, bias, residual, position_weight, valid, spec, correct)
+        return _composite(operands, spec, correct)
     given = None
     if spec.group is not None or correct is not None:
         with torch.no_grad():
-            given = reference.measure(x, position_weight, spec.layout)
+            given = reference.measure(operands.x, operands.position_weight, spec.layout)
             if spec.group is not None:
                 given = over_ranks(given, spec.group)
         if correct is not None:
-            weight, bias = correct(given, weight, bias)
-    y, count, mean, m2 = BatchNormTrain.apply(x, weight, bias, residual, position_weight, valid, given, spec)  # pyright: ignore
+            operands = _corrected(operands, given, correct)
+    y, count, mean, m2 = BatchNormTrain.apply(given, spec, *operands)  # pyright: ignore
     return y, Statistics(count, mean, m2)

@@ -11,7 +11,7 @@ from steadynorm.ops import autograd
 from steadynorm.ops.autograd import Correction
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.merging import merge_all
-from steadynorm.ops.reference import Statistics, Train
+from steadynorm.ops.reference import Operands, Statistics, Train
 
 __all__ = ["chunk_sizes", "smallest_chunk", "train"]
 
@@ -41,15 +41,7 @@ def smallest_chunk(layout: Layout, batch_size: int, ghost_batch_size: int | None
 
 
 def train(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    position_weight: Tensor | None,
-    valid: Tensor | None,
-    spec: Train,
-    correct: Correction | None,
-    ghost_batch_size: int,
+    operands: Operands, spec: Train, correct: Correction | None, ghost_batch_size: int
 ) -> tuple[Tensor, Statistics]:
     """`autograd.train` of each chunk; see there for the arguments.
 
@@ -57,15 +49,15 @@ def train(
         y, and the Moments of all chunks pooled, those of the other ranks of `spec.group` included, without a gradient:
         they are there to be remembered. No chunk is normalised by another one, on this rank or elsewhere.
     """
-    batch, per_example = len(x), spec.layout.count // max(len(x), 1)
-    sizes = chunk_sizes(batch, ghost_batch_size, per_example)
-    columns = [_split(t, batch, sizes) for t in (x, residual, position_weight, valid)]
+    batch = len(operands.x)
+    sizes = chunk_sizes(batch, ghost_batch_size, spec.layout.count // max(batch, 1))
     outputs: list[Tensor] = []
     measured: list[Statistics] = []
-    for part, part_residual, part_weight, part_valid in zip(*columns, strict=True):
-        assert part is not None  # noqa: S101 (the split of a Tensor)
-        alone = spec._replace(layout=Layout.of(part, spec.layout.dim), group=None)
-        y, statistics = autograd.train(part, weight, bias, part_residual, part_weight, part_valid, alone, correct)
+    per_example = (operands.x, operands.residual, operands.position_weight, operands.valid)
+    for x, residual, weight, valid in zip(*(_split(t, batch, sizes) for t in per_example), strict=True):
+        assert x is not None  # noqa: S101 (the split of a Tensor)
+        chunk = operands._replace(x=x, residual=residual, position_weight=weight, valid=valid)
+        y, statistics = autograd.train(chunk, spec._replace(layout=Layout.of(x, spec.layout.dim), group=None), correct)
         outputs.append(y)
         measured.append(Statistics(*(t.detach() for t in statistics)))
     pooled = merge_all(measured)

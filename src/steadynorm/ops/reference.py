@@ -22,7 +22,17 @@ from steadynorm.ops.layout import Layout, accumulator_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Gradients", "Statistics", "Train", "backward", "measure", "normalize", "reciprocal_count", "train"]
+__all__ = [
+    "Gradients",
+    "Operands",
+    "Statistics",
+    "Train",
+    "backward",
+    "measure",
+    "normalize",
+    "reciprocal_count",
+    "train",
+]
 
 
 class Statistics(NamedTuple):
@@ -55,6 +65,26 @@ class Train(NamedTuple):
     eps: float
     activation: Activation | None
     group: "ProcessGroup | None" = None
+
+
+class Operands(NamedTuple):
+    """The tensors of one normalisation, in the order of the functions' arguments.
+
+    Attributes:
+        x: The input.
+        weight: γ, (C,), or None for 1.
+        bias: β, (C,), or None for 0.
+        residual: Added after the affine map, before the activation; x's shape; or None.
+        position_weight: How much each position counts in the statistics, aligned with x (see `layout.align`); or None.
+        valid: Boolean, aligned with x: which positions get an output; or None for all.
+    """
+
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    position_weight: Tensor | None = None
+    valid: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -101,97 +131,56 @@ def _measure(wide: Tensor, weight: Tensor | None, layout: Layout, given: torch.d
     return Statistics(total.expand(layout.channels), mean, (centred * centred * w).sum(layout.positions)), centred
 
 
-def normalize(
-    x: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    valid: Tensor | None,
-    spec: Train,
-) -> Tensor:
+def normalize(operands: Operands, mean: Tensor, variance: Tensor, spec: Train) -> Tensor:
     """y = f(γ (x - μ) / sqrt(σ² + ε) + β + residual), 0 where not valid, computed in the statistics' dtype.
 
     Args:
-        x: The input; y has its dtype and memory format.
+        operands: What is normalised; y has the dtype and memory format of x.
         mean: μ, (C,); its dtype is the one computed in.
         variance: σ², (C,), biased where it comes from the batch itself.
-        weight: γ, (C,), or None for 1.
-        bias: β, (C,), or None for 0.
-        residual: Added after the affine map, before the activation; x's shape.
-        valid: Boolean, aligned with x; or None.
         spec: The settings.
     """
-    wide = x.to(mean.dtype)
-    if valid is not None:
-        wide = torch.where(valid, wide, 0)  # padding may hold NaN, and 0 * NaN is NaN in backward too
-    centred = wide - spec.layout.line_up(mean)
-    return _finish(centred, torch.rsqrt(variance + spec.eps), weight, bias, residual, valid, spec).to(x.dtype)
+    # Padding may hold NaN, and 0 * NaN is NaN in backward too.
+    centred = _kept(operands, operands.x.to(mean.dtype)) - spec.layout.line_up(mean)
+    return _finish(operands, centred, torch.rsqrt(variance + spec.eps), spec)
 
 
-def _before_activation(
-    centred: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    valid: Tensor | None,
-    spec: Train,
-) -> Tensor:
+def _kept(operands: Operands, values: Tensor) -> Tensor:
+    return values if operands.valid is None else torch.where(operands.valid, values, 0)
+
+
+def _before_activation(operands: Operands, centred: Tensor, invstd: Tensor, spec: Train) -> Tensor:
     """γ z + β + residual."""
+    _, weight, bias, residual, *_ = operands
     y = centred * spec.layout.line_up(invstd if weight is None else invstd * weight)
     if bias is not None:
         y = y + spec.layout.line_up(bias)
-    if residual is not None:
-        y = y + (residual if valid is None else torch.where(valid, residual, 0))
-    return y
+    return y if residual is None else y + _kept(operands, residual)
 
 
-def _finish(
-    centred: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    valid: Tensor | None,
-    spec: Train,
-) -> Tensor:
-    y = _before_activation(centred, invstd, weight, bias, residual, valid, spec)
+def _finish(operands: Operands, centred: Tensor, invstd: Tensor, spec: Train) -> Tensor:
+    y = _before_activation(operands, centred, invstd, spec)
     if spec.activation is not None:
         y = spec.activation(y)
-    return y if valid is None else torch.where(valid, y, 0)
+    return _kept(operands, y).to(operands.x.dtype)
 
 
-def train(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    position_weight: Tensor | None,
-    valid: Tensor | None,
-    spec: Train,
-) -> tuple[Tensor, Statistics]:
+def train(operands: Operands, spec: Train) -> tuple[Tensor, Statistics]:
     """Measure the batch, normalize by that (biased variance): the training step's forward, differentiable."""
-    layout, wide = spec.layout, x.to(accumulator_dtype(x.device))
+    x, position_weight, layout = operands.x, operands.position_weight, spec.layout
+    wide = x.to(accumulator_dtype(x.device))
     statistics, centred = _measure(wide, position_weight, layout, x.dtype)
     if position_weight is not None:  # positions of weight 0 were left out of `centred`, yet they get their output
-        kept = wide if valid is None else torch.where(valid, wide, 0)
-        centred = kept - layout.line_up(statistics.mean)
+        centred = _kept(operands, wide) - layout.line_up(statistics.mean)
     invstd = torch.rsqrt(statistics.m2 * reciprocal_count(statistics, position_weight, spec) + spec.eps)
-    return _finish(centred, invstd, weight, bias, residual, valid, spec).to(x.dtype), statistics
+    return _finish(operands, centred, invstd, spec), statistics
 
 
 def backward(
     grad_y: Tensor | None,
     grad_mean: Tensor | None,
     grad_m2: Tensor | None,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    position_weight: Tensor | None,
-    valid: Tensor | None,
+    operands: Operands,
     statistics: Statistics,
     spec: Train,
     over_ranks: Callable[[Tensor], Tensor] | None = None,
@@ -201,15 +190,15 @@ def backward(
     Where the statistics are those of several ranks, `over_ranks` adds up what each of them pulls at the statistics
     with; the gradients of weight and bias stay this rank's own, as those of any other parameter do.
     """
+    x, weight, bias, residual, position_weight, _ = operands
     layout, wide = spec.layout, x.to(statistics.mean.dtype)
-    centred = (wide if valid is None else torch.where(valid, wide, 0)) - layout.line_up(statistics.mean)
+    centred = _kept(operands, wide) - layout.line_up(statistics.mean)
     per_count = reciprocal_count(statistics, position_weight, spec)
     invstd = torch.rsqrt(statistics.m2 * per_count + spec.eps)
     g = torch.zeros_like(wide) if grad_y is None else grad_y.to(wide.dtype)
     if spec.activation is not None:
-        g = g * spec.activation.derivative(_before_activation(centred, invstd, weight, bias, residual, valid, spec))
-    if valid is not None:
-        g = torch.where(valid, g, 0)
+        g = g * spec.activation.derivative(_before_activation(operands, centred, invstd, spec))
+    g = _kept(operands, g)
     sum_g = g.sum(layout.positions)
     sum_gz = (g * centred).sum(layout.positions) * invstd
     pull_mean, pull_m2 = sum_g, sum_gz
@@ -223,10 +212,8 @@ def backward(
     dx = (g - pull) * layout.line_up(invstd if weight is None else invstd * weight)
     if grad_mean is not None or grad_m2 is not None:
         dx = dx + _through_moments(grad_mean, grad_m2, centred, position_weight, per_count, layout)
-    if valid is not None:
-        dx = torch.where(valid, dx, 0)  # 0 also where the sums are not finite
     return Gradients(
-        dx.to(x.dtype),
+        _kept(operands, dx).to(x.dtype),  # 0 where not valid, also where the sums are not finite
         None if weight is None else sum_gz.to(weight.dtype),
         None if bias is None else sum_g.to(bias.dtype),
         None if residual is None else g.to(residual.dtype),
