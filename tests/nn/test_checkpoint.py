@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
 
 import ranks
 import steadynorm as sn
-from steadynorm.errors import RecomputationError, RejectedBatchWarning
+from steadynorm.errors import RecomputationError, RejectedBatchWarning, SteadynormWarning
 from steadynorm.nn import correcting
 from support import Array, Stats, assert_close, batch_norm, central_differences, stats, wide
 
@@ -514,12 +514,55 @@ class TestRenormsMemory:
         assert layer._corrector._made == []
 
     def test_what_was_forgotten_is_an_error_not_a_wrong_number(self, monkeypatch):
-        monkeypatch.setattr(correcting, "CAPACITY", 2)
+        monkeypatch.setattr(correcting, "capacity", lambda channels: 2)
         layer = self.layer()
         x = torch.randn(5, 3, dtype=torch.float64).requires_grad_()
         losses = [checkpoint(layer, x + i, use_reentrant=False).pow(3).sum() for i in range(4)]
         with pytest.raises(RecomputationError, match="Run backward earlier"):
             sum(losses).backward()
+
+    @pytest.mark.parametrize("outer", [True, False])
+    @pytest.mark.parametrize("inner", [True, False])
+    def test_nested_with_the_same_batch_twice(self, outer, inner):
+        found = []
+        for again in (False, True):
+            layer = self.layer()
+            x = torch.randn(12, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+
+            def block(value, layer=layer, again=again):
+                return checkpoint(layer, value, use_reentrant=inner) if again else layer(value)
+
+            y = sum(checkpoint(block, x, use_reentrant=outer) if again else block(x) for _ in range(2))
+            y.pow(3).sum().backward()
+            found.append(x.grad)
+        torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+    def test_a_layer_built_on_meta(self):
+        torch._dynamo.reset()
+        with torch.device("meta"):
+            layer = sn.BatchNorm1d(3, renorm=self.RENORM)
+        layer.to_empty(device="cpu").reset_parameters()
+        same, x = sn.BatchNorm1d(3, renorm=self.RENORM), torch.randn(6, 3)
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            assert torch.equal(compiled(x), same(x))
+
+    def test_a_reset_forgets_and_so_do_forwards_that_cannot_run_again(self):
+        layer = self.layer()
+        with torch.no_grad():
+            layer(torch.randn(5, 3, dtype=torch.float64))
+        assert len(layer._corrector._made) == 1
+        layer.reset_running_stats()
+        with torch.inference_mode():
+            layer(torch.randn(5, 3, dtype=torch.float64))
+        assert layer._corrector._made == []
+
+    def test_a_second_forward_that_is_another_is_warned_about(self):
+        layer, noise = self.layer(), iter(range(10))
+        x = torch.randn(5, 3, dtype=torch.float64).requires_grad_()
+        y = checkpoint(lambda v: layer(v + next(noise)), x, use_reentrant=False)
+        with pytest.warns(SteadynormWarning, match="does not repeat the first one's arithmetic"):
+            y.pow(3).sum().backward()
 
     def test_one_graph_serves_all_layers(self):
         torch._dynamo.reset()

@@ -32,6 +32,7 @@ class BatchNorm(Stateful):
     _dims: tuple[int, ...] = ()
     _shape = ""
     frozen_affine: bool = False
+    _corrector: Corrector | None = None
     unfrozen_grad: dict[str, bool] = {}  # noqa: RUF012 (replaced by freeze_, never changed)
 
     def __init__(
@@ -97,6 +98,12 @@ class BatchNorm(Stateful):
     @process_group.setter
     def process_group(self, group: GroupLike | None) -> None:
         self._group = GroupReference(group)
+
+    def reset_running_stats(self) -> None:
+        """As torch's, in all domains; a frozen layer stays as it is."""
+        super().reset_running_stats()
+        if self._corrector is not None and not self.frozen:
+            self._corrector.forget()
 
     def forward(
         self,

@@ -1,5 +1,6 @@
 """Batch renorm within a layer: its corrections, and the same ones again for a forward that is run again."""
 
+import warnings
 from dataclasses import dataclass
 from itertools import count
 from weakref import WeakValueDictionary
@@ -7,7 +8,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from steadynorm.errors import RecomputationError
+from steadynorm.errors import RecomputationError, SteadynormWarning
 from steadynorm.nn.renorm import Renorm
 from steadynorm.ops.autograd import composite_is_needed
 from steadynorm.ops.commit import Running, opaque, recomputing
@@ -15,8 +16,18 @@ from steadynorm.ops.reference import Statistics
 
 __all__ = ["Corrector"]
 
-# Forwards of a layer (ghost batches: chunks) that can wait for their backward at once. Each costs 5 C numbers.
-CAPACITY = 4096
+_BYTES = 2**24  # what a layer may remember, of 5 C numbers of 8 bytes for each forward (ghost batches: chunk)
+_FEWEST, _MOST = 64, 4096
+
+
+def capacity(channels: int) -> int:
+    """Forwards of a layer that can wait for their backward at once.
+
+    Example:
+        >>> capacity(2048), capacity(64)
+        (204, 4096)
+    """
+    return min(max(_BYTES // (40 * channels), _FEWEST), _MOST)
 
 
 @dataclass
@@ -45,7 +56,8 @@ class Corrector:
         self._forgotten = False
         number = next(_numbers)
         _correctors[number] = self
-        self._number = torch.tensor(number)  # a tensor, so that one compiled graph serves all layers
+        # A tensor, so that one compiled graph serves all layers; here, whatever device the layer is built on.
+        self._number = torch.tensor(number, device="cpu")
 
     def __getstate__(self) -> Renorm:
         return self.renorm  # a copy has no forward to run again
@@ -68,28 +80,61 @@ class Corrector:
         if opaque():
             with torch.no_grad():
                 return torch.ops.steadynorm.corrections(*plain, *running[:3], eps, self._number)
-        again = not composite_is_needed() and _may_run_again()  # under a transform nothing may outlive it
+        # Under a transform nothing may outlive it, and on "meta" there is nothing to compare.
+        again = not composite_is_needed() and _may_run_again() and not plain.mean.is_meta
+        in_turn = again and _runs_again_in_turn()
         with torch.no_grad():
-            return self.once(plain, running, eps, running.mean.data_ptr()) if again else self._anew(plain, running, eps)
+            if not again:
+                return self._anew(plain, running, eps)
+            return self.once(plain, running, eps, running.mean.data_ptr(), in_turn)
 
-    def once(self, statistics: Statistics, running: Running, eps: float, towards: int | None) -> tuple[Tensor, Tensor]:
-        """r and d, remembered the first time and found the second."""
+    def forget(self) -> None:
+        """Forgets all forwards: those of statistics that are being reset."""
+        self._made, self._forgotten = [], False
+
+    def once(
+        self, statistics: Statistics, running: Running, eps: float, towards: int | None, in_turn: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """r and d, remembered the first time and found the second, and a third where the second is one of several."""
         if not recomputing():
             r, d = self._anew(statistics, running, eps)
             self._remember(_Made(Statistics(*(t.clone() for t in statistics)), towards, r.clone(), d.clone()))
             return r, d
-        found = [m for m in list(self._made) if _alike(m.towards, towards) and _same(m.statistics, statistics)]
-        if not found:
-            if self._forgotten:
-                raise RecomputationError(
-                    f"activation checkpointing runs a forward again whose corrections are no longer known: more than "
-                    f"{CAPACITY} forwards of this layer (chunks, with ghost_batch_size) were waiting for their "
-                    "backward. Run backward earlier, or leave the layer out of the checkpoint."
-                )
+        found = self._found(statistics, towards)
+        if found is None:
+            self._tell_of_a_miss(len(statistics.mean))
             return self._anew(statistics, running, eps)
-        one = next((m for m in reversed(found) if not m.used), found[-1])
-        one.used = True
-        return one.r.clone(), one.d.clone()
+        found.used = not in_turn
+        if in_turn:  # a checkpoint within a checkpoint: the next one to run again is this one once more
+            self._made = [m for m in self._made if m is not found] + [found]
+        return found.r.clone(), found.d.clone()
+
+    def _found(self, statistics: Statistics, towards: int | None) -> _Made | None:
+        """The newest forward of this batch that was not run again yet, or else the newest one."""
+        used = None
+        for made in list(reversed(self._made)):  # each look waits for the device: no further than needed
+            if (used is None or not made.used) and _alike(made.towards, towards) and _same(made.statistics, statistics):
+                if not made.used:
+                    return made
+                used = made
+        return used
+
+    def _tell_of_a_miss(self, channels: int) -> None:
+        if self._forgotten:
+            raise RecomputationError(
+                "activation checkpointing runs a forward again whose corrections by batch renorm are no longer known: "
+                f"more than {capacity(channels)} forwards of this layer (chunks, with ghost_batch_size) came between "
+                "it and its backward, those without gradients included. Run backward earlier, or leave the layer out "
+                "of the checkpoint."
+            )
+        if self._made:
+            warnings.warn(
+                "a forward within a backward is none of those that this batch renorm layer remembers, so it is "
+                "corrected anew. If it is activation checkpointing's, it does not repeat the first one's arithmetic, "
+                "and gradients are those of another correction.",
+                SteadynormWarning,
+                stacklevel=2,
+            )
 
     def _anew(self, statistics: Statistics, running: Running, eps: float) -> tuple[Tensor, Tensor]:
         return self.renorm.corrections(statistics, running, eps)
@@ -98,15 +143,23 @@ class Corrector:
         # What was used is kept until the next forward: a retained graph may run it once more.
         if any(m.used for m in self._made):
             self._made = [m for m in self._made if not m.used]
-        if len(self._made) >= CAPACITY:
-            self._made, self._forgotten = self._made[CAPACITY // 2 :], True
+        most = capacity(len(made.r))
+        if len(self._made) >= most:
+            self._made, self._forgotten = self._made[most // 2 :], True
         self._made.append(made)
 
 
 def _may_run_again() -> bool:
     """Whether this forward is a checkpoint's: within hooks on saved tensors, or without gradients, or the second."""
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # pyright: ignore
-    return hooked or not torch.is_grad_enabled() or recomputing()
+    return not torch.is_inference_mode_enabled() and (hooked or not torch.is_grad_enabled() or recomputing())
+
+
+def _runs_again_in_turn() -> bool:
+    """Whether what is run again is a checkpoint's forward once more: one within the checkpoint that is running."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore
+    within = hooks is not None and getattr(hooks[0], "__qualname__", "").startswith("_checkpoint_hook")
+    return within or not torch.is_grad_enabled()
 
 
 def _alike(a: int | None, b: int | None) -> bool:

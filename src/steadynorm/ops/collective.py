@@ -98,7 +98,12 @@ def _sum_over_ranks(t: Tensor, group_name: str, what: str) -> Tensor:
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore
 
-    group = _resolve_process_group(group_name)  # pyright: ignore[reportArgumentType] (a str under another name)
+    try:
+        group = _resolve_process_group(group_name)  # pyright: ignore[reportArgumentType] (a str under another name)
+    except (RuntimeError, LookupError, ValueError) as error:
+        raise DistributedError(
+            f"{what} over the ranks failed: the process group of this forward was destroyed before its backward."
+        ) from error
     total = t.clone(memory_format=torch.contiguous_format)
     try:
         work = dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group, async_op=True)

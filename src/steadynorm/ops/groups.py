@@ -30,8 +30,15 @@ def resolve_group(group: "GroupLike | None") -> "ProcessGroup | None":
         return None
     import torch.distributed as dist
 
-    if not dist.is_available() or not dist.is_initialized():
+    # This attribute, and not `is_initialized()`, which torch.compile would take for a constant.
+    alone = not dist.is_available() or dist.distributed_c10d._world.default_pg is None  # pyright: ignore
+    if alone and group == "world":
         return None
+    if alone and dist.is_available() and isinstance(group, dist.ProcessGroup):
+        raise ArgumentError(
+            "process_group is a group of a torch.distributed that is not initialised any more. Make a new one and hand "
+            'it to steadynorm.sync_, or use "world", which is looked up in each forward.'
+        )
     if isinstance(group, str):
         if group != "world":
             raise ArgumentError(f'process_group must be a ProcessGroup, "world" or None, got {group!r}.')
