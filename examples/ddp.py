@@ -62,6 +62,7 @@ def main() -> None:
         print(f"training accuracy           {accuracy:.1%}")
         print(f"ranks differ by             {max(float((s - state).abs().max()) for s in states):.1e}")
         print(f"from one process by         {(state - single).abs().max():.1e}")
+    dist.barrier()  # so that no thread of the backend is still at work when the interpreter ends
     dist.destroy_process_group()
 
 

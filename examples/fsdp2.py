@@ -55,6 +55,7 @@ def main() -> None:
                 f"{dist.get_world_size()} ranks in {dtype}: training accuracy {accuracy:.1%}, running statistics in "
                 f"{var.dtype}, ranks differ by {max(float((v - var).abs().max()) for v in of_all):.1e}"
             )
+    dist.barrier()  # so that no thread of the backend is still at work when the interpreter ends
     dist.destroy_process_group()
 
 

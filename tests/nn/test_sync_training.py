@@ -1,12 +1,8 @@
-"""Training over ranks on real data is training of one process on the ranks' batches together; and lost ranks.
+"""Training over ranks on real data is training of one process on the ranks' batches together.
 
 The one process is given by the definition, written in plain operations; the ranks train this package's layers.
 """
 
-import os
-import signal
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -14,81 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 
 import ranks
 import steadynorm as sn
-from steadynorm.ops import collective, rollcall
 from support import assert_close, stats
+from support_sync_training import STEPS, Batches, batches, digits, loss_of, network, wrapped
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-STEPS, BATCH = 50, 32
 SPLITS = {  # examples of each batch that every rank gets
     "two ranks": (20, 12),
     "two ranks, one empty": (32, 0),
     "four ranks, one empty": (13, 2, 0, 17),
 }
-
-
-@cache
-def digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    return torch.from_numpy(images).view(-1, 1, 8, 8) / 16, torch.from_numpy(labels)
-
-
-class Definition(nn.BatchNorm2d):
-    """Batch norm as it is written down, for one process; the state_dict of torch.nn's layer."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        axes = [d for d in range(input.dim()) if d != 1]
-        rows = (-1, *(1,) * (input.dim() - 2))
-        if not self.training:
-            mean, variance = self.running_mean, self.running_var
-        else:
-            mean, variance = input.mean(axes), input.var(axes, correction=0)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(input.var(axes, correction=1), self.momentum)
-                self.num_batches_tracked += 1
-        centred = (input - mean.view(rows)) / (variance + self.eps).sqrt().view(rows)
-        return centred * self.weight.view(rows) + self.bias.view(rows)
-
-
-NORMS = {
-    "steadynorm": (sn.BatchNorm1d, sn.BatchNorm2d),
-    "torch.nn": (nn.BatchNorm1d, nn.BatchNorm2d),
-    "definition": (Definition, Definition),
-}
-
-
-def network(norms: str = "steadynorm", dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    torch.manual_seed(0)
-    flat, images = NORMS[norms]
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3, stride=2, bias=False), images(6), nn.ReLU(),
-        nn.Conv2d(6, 8, 3, bias=False), images(8), nn.ReLU(),
-        nn.Flatten(), nn.Linear(8, 16), flat(16), nn.ReLU(), nn.Linear(16, 10),
-    ).to(dtype)  # fmt: skip
-
-
-Batches = list[tuple[Tensor, Tensor]]
-
-
-@cache
-def batches() -> Batches:
-    """Made here and handed to the ranks, which need not all import what reads them."""
-    images, labels = digits()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: STEPS * BATCH]
-    return [(images[rows], labels[rows]) for rows in order.split(BATCH)]
-
-
-def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """This part's share of the mean over the whole batch."""
-    return nn.functional.cross_entropy(model(x), y, reduction="sum") / BATCH
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -104,19 +38,6 @@ def in_one_process(norms: str) -> dict[str, Tensor]:
         loss_of(model, x, y).backward()
         optimizer.step()
     return state_of(model)
-
-
-def wrapped(model: nn.Module, wrapper: str | None, group: Any, **options: Any) -> nn.Module:
-    if wrapper == "DDP":
-        return DistributedDataParallel(model, process_group=group, **options)
-    if wrapper == "FSDP2":
-        from torch.distributed.fsdp import fully_shard  # slow to import: not for the sake of the other bodies
-
-        mesh = DeviceMesh.from_group(group, "cpu")
-        for layer in (model[4], model[8]):  # two norms with a shard of their own, and the rest together
-            fully_shard(layer, mesh=mesh, **options)
-        fully_shard(model, mesh=mesh, **options)
-    return model
 
 
 def add_up(model: nn.Module, group: Any) -> None:
@@ -277,85 +198,3 @@ def test_where_ranks_see_other_data_torchs_layer_fails_at_the_second_site(norms,
     assert accuracies[0] > 0.85
     assert (accuracies[1] > 0.85) is works
     assert (accuracies[1] < 0.6) is not works
-
-
-# A rank without data left
-
-
-def early_end(rank: int, group: Any, batches: Batches) -> tuple[int, str]:
-    model = wrapped(sn.sync_(network(), group), "DDP", group)
-    steps = 0
-    try:
-        with model.join(throw_on_early_termination=True):
-            for x, y in batches[: 2 + rank]:
-                loss_of(model, x, y).backward()
-                steps += 1
-    except RuntimeError as error:
-        return steps, str(error)
-    return steps, ""
-
-
-def test_ddps_join_with_throw_on_early_termination_ends_all_ranks_at_once():
-    (ended, first), (went_on, second) = ranks.run(early_end, 2, batches()[:3])
-    assert (ended, went_on) == (2, 2)
-    assert "exhausted" in first
-    assert "exhausted" in second
-
-
-# A rank that is lost
-
-
-def loses(rank: int, group: Any, batches: Batches, lost: int, where: str, wrapper: str | None) -> None:
-    """Three steps of training; in the second one a rank ends between two layers, or on the way back."""
-    collective._LOOK_EVERY, rollcall.PATIENCE = timedelta(seconds=0.5), 3.0
-    model = wrapped(sn.sync_(network(), group), wrapper, group)
-    layers = model.module if wrapper == "DDP" else model
-    step = 0
-
-    def end(*_: Any) -> None:
-        if step == 1 and rank == lost:
-            if where == "raises":
-                raise ValueError("a mistake of this rank alone")
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if where == "backward":  # between the second norm and the first
-        layers[2].register_full_backward_pre_hook(end)
-    else:  # between the first norm and the second
-        layers[3].register_forward_pre_hook(end)
-    for x, y in batches:
-        loss_of(model, x[rank::2], y[rank::2]).backward()
-        step += 1
-
-
-LOST = {
-    "in forward": (2, 1, "forward", None),
-    "rank 0 in forward": (2, 0, "forward", None),
-    "in forward, of four": (4, 2, "forward", None),
-    "in backward": (2, 1, "backward", None),
-    "in backward, of four": (4, 1, "backward", None),
-    "by an exception": (2, 1, "raises", None),
-    "under DDP, in forward": (2, 1, "forward", "DDP"),
-    "under DDP, in backward": (2, 1, "backward", "DDP"),
-}
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, list[ranks.Outcome]]:
-    """All of them at once: most of the time their processes wait for one another."""
-    data = batches()[:3]
-    with ThreadPoolExecutor(len(LOST)) as pool:
-        started = {name: pool.submit(ranks.launch, loses, world, data, *how) for name, (world, *how) in LOST.items()}
-        return {name: outcome.result() for name, outcome in started.items()}
-
-
-@pytest.mark.parametrize("name", LOST)
-def test_a_rank_lost_in_mid_step_ends_the_others_with_its_name(name, outcomes):
-    world, lost, where, _ = LOST[name]
-    for rank, outcome in enumerate(outcomes[name]):
-        if rank == lost:
-            assert outcome.exit_code == (1 if where == "raises" else -signal.SIGKILL), outcome
-        else:
-            assert outcome.exit_code == 1, outcome
-            last = outcome.error.split("steadynorm.errors.DistributedError: ")[-1]
-            assert f"Rank {lost} of {world} has gone" in last
-            assert ("summing the batch's gradients" in last) == (where == "backward")
