@@ -24,7 +24,7 @@ from steadynorm.ops.reference import Operands, Statistics, Train
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Masked", "Settings", "layout_of", "refuse_single_value", "run", "warn_if"]
+__all__ = ["Masked", "Settings", "check_fit", "layout_of", "refuse_single_value", "run", "warn_if"]
 
 Masked = Literal["zero", "pass"]
 _HALVES = (torch.float16, torch.bfloat16)
@@ -75,7 +75,7 @@ def run(
     Returns:
         y, and the batch's statistics (of all its chunks and ranks): None in evaluation.
     """
-    _check_fit(x, layout, running_mean, running_var, weight, bias, residual)
+    check_fit(x, layout, running_mean, running_var, weight, bias, residual)
     if not settings.eps >= 0:
         raise ArgumentError(f"eps must be >= 0, got {settings.eps}.")
     if settings.masked not in get_args(Masked):
@@ -125,7 +125,8 @@ def warn_if(refused: Tensor | bool, where: object, stacklevel: int = 3) -> None:
 
 def _normalize_by_running(operands: Operands, mean: Tensor, variance: Tensor, spec: Train) -> Tensor:
     # Elementwise with constants per channel: an example gets the same result alone as in any batch.
-    dtype = torch.promote_types(torch.promote_types(operands.x.dtype, mean.dtype), torch.float32)
+    # (Not `torch.promote_types`, which an exported program would hold as an operation.)
+    dtype = torch.float64 if torch.float64 in (operands.x.dtype, mean.dtype) else torch.float32
     return reference.normalize(operands, mean.to(dtype), variance.to(dtype), spec)
 
 
@@ -139,7 +140,7 @@ def _checked_mask(mask: Tensor, x: Tensor, layout: Layout) -> Tensor:
     return align(mask, x, layout, "mask")
 
 
-def _check_fit(
+def check_fit(
     x: Tensor,
     layout: Layout,
     running_mean: Tensor | None,

@@ -12,6 +12,7 @@ from steadynorm.activations import ActivationLike, resolve
 from steadynorm.errors import ArgumentError, ConversionWarning, ShapeError
 from steadynorm.nn.correcting import Corrector
 from steadynorm.nn.domains import checked_domains
+from steadynorm.nn.exporting import aten_step
 from steadynorm.nn.renorm import Renorm
 from steadynorm.nn.state import Stateful
 from steadynorm.nn.tracing import is_proxy, leaf_call
@@ -19,6 +20,7 @@ from steadynorm.ops.autograd import Correction
 from steadynorm.ops.commit import Running, recomputing
 from steadynorm.ops.ghost import smallest_chunk
 from steadynorm.ops.groups import GroupLike, GroupReference, resolve_group
+from steadynorm.ops.reference import Operands
 from steadynorm.step import Masked, Settings, layout_of, refuse_single_value, run
 
 __all__ = ["BatchNorm", "SingleValue"]
@@ -127,7 +129,7 @@ class BatchNorm(Stateful):
         running = self.running(domain) if self.tracks else None
         by_batch = running is None or (self.training and not self.frozen)
         group = resolve_group(self._group.group) if by_batch and self.training else None
-        if by_batch and group is None and smallest_chunk(layout, len(input), self.ghost_batch_size) == 1:
+        if by_batch and group is None and smallest_chunk(layout, input.shape[0], self.ghost_batch_size) == 1:
             by_batch = self._single_value_by_batch(input, alone=layout.count == 1)
         weight, bias = self.affine_of(domain)
         if running is not None and not torch.compiler.is_compiling() and not self.staleness.settled:
@@ -135,10 +137,15 @@ class BatchNorm(Stateful):
         if self.frozen_affine:  # whatever became of requires_grad meanwhile
             weight, bias = (None if t is None else t.detach() for t in (weight, bias))
         correct = self._correction(running) if by_batch and self.training else None
+        settings = Settings(self.eps, self.activation, group, self.ghost_batch_size, self.masked, correct)
+        if by_batch and torch.compiler.is_exporting():
+            operands = Operands(input, weight, bias, residual, sample_weight, mask)
+            exported = aten_step(self, operands, running, layout, settings)
+            if exported is not None:
+                return exported
         y, statistics = run(
             input, None if running is None else running.mean, None if running is None else running.var,
-            weight, bias, by_batch, residual, mask, sample_weight, layout,
-            Settings(self.eps, self.activation, group, self.ghost_batch_size, self.masked, correct),
+            weight, bias, by_batch, residual, mask, sample_weight, layout, settings,
         )  # fmt: skip
         if self.training and statistics is not None and running is not None:
             self.note(self.remember(self, domain, statistics, sample_weight is not None))

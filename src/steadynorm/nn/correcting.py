@@ -77,6 +77,8 @@ class Corrector:
     def corrections(self, statistics: Statistics, running: Running, eps: float) -> tuple[Tensor, Tensor]:
         """r and d: those of the first time where this is the second one."""
         plain = Statistics(*(t.detach() for t in statistics))
+        if torch.compiler.is_exporting():  # a program runs where no layer remembers its forwards
+            return self._anew(plain, running, eps)
         if opaque():
             with torch.no_grad():
                 return torch.ops.steadynorm.corrections(*plain, *running[:3], eps, self._number)

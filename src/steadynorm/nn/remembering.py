@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from steadynorm.errors import TransformError
+from steadynorm.errors import ModelError, TransformError
 from steadynorm.ops import commit as committing
 from steadynorm.ops.autograd import composite_is_needed, peeled
 from steadynorm.ops.commit import Running
@@ -63,6 +63,12 @@ class Held:
 
     def __call__(self, layer: "BatchNorm", domain: str | None, statistics: Statistics, weighted: bool) -> Tensor | bool:
         """Merges a batch's statistics into the domain's."""
+        if torch.compiler.is_exporting():
+            raise ModelError(
+                f"{layer} cannot be exported inside of steadynorm.accumulate: the program would hold its statistics "
+                "back for a commit that never comes. Export outside of it, or inside of steadynorm.no_commit(model) "
+                "for a program that remembers nothing."
+            )
         self.weighted = self.weighted or weighted
         running = layer.running(domain)
         with _outside_of_transforms(layer, running, statistics) as plain:

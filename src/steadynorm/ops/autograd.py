@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.ops import reference
+from steadynorm.ops.backends import backend_for
 from steadynorm.ops.collective import differentiable_sum_over_ranks, sum_over_ranks
 from steadynorm.ops.merging import merged
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
@@ -37,10 +38,11 @@ class BatchNormTrain(torch.autograd.Function):
         ctx: Any, given: Statistics | None, spec: Train, *tensors: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         operands = Operands(*tensors)
+        backend = backend_for(operands)
         if given is None:
-            y, statistics = reference.train(operands, spec)
+            y, statistics = backend.train(operands, spec)
         else:
-            y, statistics = _normalize_by(given, operands, spec), given
+            y, statistics = backend.normalize_by(given, operands, spec), given
         ctx.spec = spec
         # What is added last has the output's own gradient: its values are needed only to differentiate an activation.
         added_last = operands.residual is not None and spec.activation is None
@@ -65,7 +67,8 @@ class BatchNormTrain(torch.autograd.Function):
             if ctx.spec.group is not None and wanted_by_x:
                 summed = partial(sum_over_ranks, group=ctx.spec.group, what="summing the batch's gradients")
             statistics = Statistics(count, mean, m2)
-            found = reference.backward(grad_y, grad_mean, grad_m2, operands, statistics, ctx.spec, summed)
+            backward = backend_for(operands).backward
+            found = backward(grad_y, grad_mean, grad_m2, operands, statistics, ctx.spec, summed)
         if ctx.added_last is not None and grad_y is not None:
             g = grad_y if operands.valid is None else torch.where(operands.valid, grad_y, 0)
             found = found._replace(residual=g.to(ctx.added_last))
@@ -155,11 +158,6 @@ def over_ranks(local: Statistics, group: "ProcessGroup") -> Statistics:
     return merged(local, partial(sum_over_ranks, group=group, what="merging the batch's statistics"))
 
 
-def _normalize_by(statistics: Statistics, operands: Operands, spec: Train) -> Tensor:
-    biased = statistics.m2 * reference.reciprocal_count(statistics, operands.position_weight, spec)
-    return reference.normalize(operands, statistics.mean, biased, spec)
-
-
 def _composite(operands: Operands, spec: Train, correct: Correction | None) -> tuple[Tensor, Statistics]:
     """The training step as one graph of differentiable operations, the sums over ranks included."""
     if spec.group is None and correct is None:
@@ -169,7 +167,7 @@ def _composite(operands: Operands, spec: Train, correct: Correction | None) -> t
         statistics = over_ranks(statistics, spec.group)
     if correct is not None:
         operands = _corrected(operands, Statistics(*(t.detach() for t in statistics)), correct)
-    return _normalize_by(statistics, operands, spec), statistics
+    return reference.normalize_by(statistics, operands, spec), statistics
 
 
 def _corrected(operands: Operands, statistics: Statistics, correct: Correction) -> Operands:
@@ -189,7 +187,7 @@ def train(operands: Operands, spec: Train, correct: Correction | None = None) ->
     given = None
     if spec.group is not None or correct is not None:
         with torch.no_grad():
-            given = reference.measure(operands.x, operands.position_weight, spec.layout)
+            given = backend_for(operands).measure(operands.x, operands.position_weight, spec.layout)
             if spec.group is not None:
                 given = over_ranks(given, spec.group)
         if correct is not None:

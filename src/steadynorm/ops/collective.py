@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._library.effects import EffectType  # pyright: ignore[reportPrivateImportUsage]
 
-from steadynorm.errors import ArgumentError, DistributedError
+from steadynorm.errors import ArgumentError, DistributedError, ModelError
 from steadynorm.ops import rollcall
 
 if TYPE_CHECKING:
@@ -59,7 +59,16 @@ def differentiable_sum_over_ranks(t: Tensor, group: ProcessGroup) -> Tensor:
 
     What is minimised is the sum of the ranks' losses: the gradient of a sum over the ranks is the sum over the ranks of
     the gradients.
+
+    Raises:
+        ModelError: Under `torch.export`, which keeps no derivative but those of ops: the sum would have none.
     """
+    if torch.compiler.is_exporting():
+        raise ModelError(
+            "a batch norm in training that is merged over the ranks of a process group cannot be exported: the program "
+            "would lose what the other ranks add to its gradients. Export it in evaluation, or without the group: "
+            "steadynorm.sync_(model, None)."
+        )
     return _apply(t, group.group_name)
 
 

@@ -68,6 +68,9 @@ def commit(
         Whether the batch was rejected: a bool where the host could look for free, else a boolean scalar on the device;
         False where a compiled graph does it later.
     """
+    if torch.compiler.is_exporting():  # no op of ours: a program may run where this package is not
+        _commit_queued(running, statistics, momentum, weighted)
+        return False
     if _known_to_recompute():
         return False
     with torch.no_grad():

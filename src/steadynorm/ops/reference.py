@@ -30,7 +30,9 @@ __all__ = [
     "backward",
     "measure",
     "normalize",
+    "normalize_by",
     "reciprocal_count",
+    "through_moments",
     "train",
 ]
 
@@ -165,6 +167,12 @@ def _finish(operands: Operands, centred: Tensor, invstd: Tensor, spec: Train) ->
     return _kept(operands, y).to(operands.x.dtype)
 
 
+def normalize_by(statistics: Statistics, operands: Operands, spec: Train) -> Tensor:
+    """`normalize` by a batch's statistics, whose variance is the biased one."""
+    biased = statistics.m2 * reciprocal_count(statistics, operands.position_weight, spec)
+    return normalize(operands, statistics.mean, biased, spec)
+
+
 def train(operands: Operands, spec: Train) -> tuple[Tensor, Statistics]:
     """Measure the batch, normalize by that (biased variance): the training step's forward, differentiable."""
     x, position_weight, layout = operands.x, operands.position_weight, spec.layout
@@ -210,8 +218,7 @@ def backward(
     if position_weight is not None:
         pull = pull * position_weight
     dx = (g - pull) * layout.line_up(invstd if weight is None else invstd * weight)
-    if grad_mean is not None or grad_m2 is not None:
-        dx = dx + _through_moments(grad_mean, grad_m2, centred, position_weight, per_count, layout)
+    dx = dx + through_moments(grad_mean, grad_m2, centred, position_weight, per_count, layout)
     return Gradients(
         _kept(operands, dx).to(x.dtype),  # 0 where not valid, also where the sums are not finite
         None if weight is None else sum_gz.to(weight.dtype),
@@ -220,15 +227,17 @@ def backward(
     )
 
 
-def _through_moments(
+def through_moments(
     grad_mean: Tensor | None,
     grad_m2: Tensor | None,
     centred: Tensor,
     position_weight: Tensor | None,
     per_count: Tensor | float,
     layout: Layout,
-) -> Tensor:
-    """What the gradients of the returned statistics themselves add to dx."""
+) -> Tensor | float:
+    """What the gradients of the returned statistics themselves add to dx: w (dL/dμ / n + 2 (x - μ) dL/dm2)."""
+    if grad_mean is None and grad_m2 is None:
+        return 0.0
     dx = torch.zeros_like(centred)
     if grad_mean is not None:
         dx = dx + layout.line_up(grad_mean * per_count)

@@ -1,0 +1,281 @@
+"""Batch norm on the CPU: the reference backend's functions by kernels. Same arguments, same results to rounding."""
+
+import ctypes
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steadynorm.activations import Activation
+from steadynorm.ops import reference
+from steadynorm.ops.cpu import columns, planes
+from steadynorm.ops.cpu.call import BENT, KINDS, RELU, SMOOTH, Call, Kinds
+from steadynorm.ops.cpu.geometry import Geometry, dense, geometry, positions
+from steadynorm.ops.cpu.kernel import Kernel, threads_for
+from steadynorm.ops.cpu.memory import THREADS
+from steadynorm.ops.cpu.pages import empty_like
+from steadynorm.ops.layout import Layout
+from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
+
+__all__ = ["backward", "measure", "normalize_by", "train"]
+
+_INFINITY: Final = float("inf")
+_COUNTERS: Final = 8 * (THREADS + 1)
+
+
+class Plan(NamedTuple):
+    """What follows from shapes, dtypes and settings alone: how memory is read, what is compiled, and the numbers.
+
+    Attributes:
+        geometry: How x is read.
+        kinds: What kernels are compiled for.
+        threads: How many run.
+        template: The struct with everything filled in but addresses and the count.
+    """
+
+    geometry: Geometry
+    kinds: Kinds
+    threads: int
+    template: Call
+
+
+@lru_cache(1024)
+def _plan(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+    masked: bool,
+    spec: Train,
+    threads: int,
+) -> Plan:
+    x = torch.empty_strided(shape, strides, dtype=dtypes[0], device="meta")
+    memory, affine, added, weights = ("" if dtype is None else KINDS[dtype] for dtype in dtypes)
+    read = geometry(x, spec.layout, threads, bool(weights) or masked)
+    activation, numbers = _bends(spec.activation)
+    template = Call(
+        outer=read.outer,
+        channels=spec.layout.channels,
+        inner=read.inner,
+        parts=read.parts,
+        width=read.width,
+        eps=spec.eps,
+        count=spec.layout.count,
+        **numbers,
+    )
+    return Plan(read, Kinds(memory, affine, added, weights, "uint8" if masked else "", activation), threads, template)
+
+
+def _bends(activation: Activation | None) -> tuple[str, dict[str, float]]:
+    """How a kernel computes an activation: the kind it is compiled for, and its numbers."""
+    if activation is None:
+        return "", {}
+    match activation.name:
+        case "relu":
+            return RELU, {}
+        case "leaky_relu":
+            return BENT, {"slope": activation.params[0], "cap": _INFINITY}
+        case "relu6":
+            return BENT, {"slope": 0.0, "cap": 6.0}
+        case _:
+            from steadynorm.ops.cpu.smooth import code_of
+
+            code, p, q = code_of(activation)
+            return SMOOTH, {"code": code, "p": p, "q": q}
+
+
+class _Step:
+    """One step's operands as kernels want them, and the struct that says where they are."""
+
+    def __init__(self, operands: Operands, spec: Train) -> None:
+        x, weight, bias, residual, position_weight, valid = operands
+        if not dense(x):
+            x = x.clone()
+        self.x, self.spec = x, spec
+        self.weight, self.bias, affine = _alike(weight, bias)
+        self.residual = None if residual is None else like(residual, x)
+        computing = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtypes = (
+            x.dtype,
+            affine,
+            None if residual is None else residual.dtype,
+            None if position_weight is None else computing,
+        )
+        self.plan = _plan(x.shape, x.stride(), dtypes, valid is not None, spec, threads_for(x.numel()))
+        order, dim = self.plan.geometry.order, spec.layout.dim
+        self.call = call = Call.from_buffer_copy(self.plan.template)
+        call.x = x.data_ptr()
+        if self.weight is not None:
+            call.weight = self.weight.data_ptr()
+        if self.bias is not None:
+            call.bias = self.bias.data_ptr()
+        if self.residual is not None:
+            call.residual = self.residual.data_ptr()
+        if position_weight is not None:
+            wide = positions(position_weight, x, order, dim, torch.float64)
+            call.count = wide.sum().item()
+            self.position_weight = wide.to(computing)
+            call.position_weight = self.position_weight.data_ptr()
+        if valid is not None:
+            self.valid = positions(valid, x, order, dim, torch.bool)
+            call.valid = self.valid.data_ptr()
+
+    def run(self, kernel: Kernel, tasks: int) -> None:
+        ctypes.memset(ctypes.addressof(self.call), 0, _COUNTERS)
+        self.call.tasks = tasks
+        kernel(self.call, self.plan.kinds, self.plan.threads)
+
+    def gather(self, kernel: Kernel) -> None:
+        """Adds up the parts of each channel."""
+        ctypes.memset(ctypes.addressof(self.call), 0, _COUNTERS)
+        channels, kinds = self.spec.layout.channels, self.plan.kinds
+        self.call.tasks = channels
+        # It sees neither residual nor mask nor activation: one compiled for these few serves all others.
+        kernel(
+            self.call,
+            Kinds(kinds.memory, kinds.affine, weights=kinds.weights),
+            threads_for(2 * channels * self.call.parts),
+        )
+
+    def measure(self, table: Tensor) -> None:
+        """Writes the statistics to `table`."""
+        read, channels = self.plan.geometry, self.spec.layout.channels
+        partial = torch.empty((2 * read.parts + 1, channels), dtype=torch.float64)
+        self.call.partial, self.call.statistics = partial.data_ptr(), table.data_ptr()
+        self.run((columns if read.columns else planes).measure, read.chunks * read.parts)
+        self.gather(planes.gather_statistics)
+
+    def normalize(self, table: Tensor) -> Tensor:
+        """y by the statistics in `table`."""
+        read, y = self.plan.geometry, empty_like(self.x)
+        self.call.statistics, self.call.y = table.data_ptr(), y.data_ptr()
+        self.run((columns if read.columns else planes).normalize, read.chunks * read.parts)
+        return y
+
+    def forward(self, table: Tensor) -> Tensor:
+        """Both."""
+        read = self.plan.geometry
+        if read.parts > 1:
+            self.measure(table)
+            return self.normalize(table)
+        y = empty_like(self.x)
+        self.call.statistics, self.call.y = table.data_ptr(), y.data_ptr()
+        self.run((columns if read.columns else planes).forward, read.chunks)
+        return y
+
+
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """`t` behind the strides of `x`, with which a kernel reads them side by side."""
+    if t.stride() == x.stride():
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def _alike(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, torch.dtype]:
+    """γ and β as kernels read them, contiguous and of one dtype."""
+    dtypes = {t.dtype for t in (weight, bias) if t is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32 if not dtypes else torch.float64
+    if dtypes or dtype not in KINDS:
+        dtype = torch.float64
+    weight, bias = (None if t is None else t.detach().to(dtype).contiguous() for t in (weight, bias))
+    return weight, bias, dtype
+
+
+def measure(x: Tensor, weight: Tensor | None, layout: Layout) -> Statistics:
+    """As `reference.measure`."""
+    table = torch.empty((3, layout.channels), dtype=torch.float64)
+    _Step(Operands(x, position_weight=weight), Train(layout, 0.0, None)).measure(table)
+    return Statistics(*table.unbind())
+
+
+def train(operands: Operands, spec: Train) -> tuple[Tensor, Statistics]:
+    """As `reference.train`."""
+    table = torch.empty((3, spec.layout.channels), dtype=torch.float64)
+    y = _Step(operands, spec._replace(group=None)).forward(table)
+    return y, Statistics(*table.unbind())
+
+
+def normalize_by(statistics: Statistics, operands: Operands, spec: Train) -> Tensor:
+    """As `reference.normalize_by`."""
+    return _Step(operands, spec._replace(group=None)).normalize(torch.stack(statistics).double())
+
+
+def backward(
+    grad_y: Tensor | None,
+    grad_mean: Tensor | None,
+    grad_m2: Tensor | None,
+    operands: Operands,
+    statistics: Statistics,
+    spec: Train,
+    over_ranks: Callable[[Tensor], Tensor] | None = None,
+) -> Gradients:
+    """As `reference.backward`."""
+    if grad_y is None:
+        return reference.backward(grad_y, grad_mean, grad_m2, operands, statistics, spec, over_ranks)
+    step = _Step(operands, spec._replace(group=None))
+    read, call, channels = step.plan.geometry, step.call, spec.layout.channels
+    table = torch.stack(statistics)
+    grad_y = like(grad_y.to(step.x.dtype), step.x)
+    grad_x = empty_like(step.x)
+    sums = torch.empty((2, channels), dtype=torch.float64)
+    call.statistics, call.sums = table.data_ptr(), sums.data_ptr()
+    call.grad_y, call.grad_x = grad_y.data_ptr(), grad_x.data_ptr()
+    grad_weight = None if step.weight is None else torch.empty_like(step.weight)
+    grad_bias = None if step.bias is None else torch.empty_like(step.bias)
+    grad_residual = None if step.residual is None else empty_like(step.residual)
+    if grad_weight is not None:
+        call.grad_weight = grad_weight.data_ptr()
+    if grad_bias is not None:
+        call.grad_bias = grad_bias.data_ptr()
+    if grad_residual is not None:
+        call.grad_residual = grad_residual.data_ptr()
+    kernels = columns if read.columns else planes
+    if read.parts == 1 and over_ranks is None:
+        step.run(kernels.backward, read.chunks)
+    else:
+        partial = torch.empty((2 * read.parts + 1, channels), dtype=torch.float64)
+        call.partial = partial.data_ptr()
+        step.run(kernels.reduce, read.chunks * read.parts)
+        step.gather(planes.gather_gradients)
+        if over_ranks is not None:
+            sums, grad_mean, grad_m2 = _summed(over_ranks, sums, grad_mean, grad_m2, statistics, spec)
+            call.sums = sums.data_ptr()
+        step.run(kernels.gradient, read.chunks * read.parts)
+    if grad_mean is not None or grad_m2 is not None:  # rare enough for a pass of its own
+        grad_x += _through_moments(grad_mean, grad_m2, operands, statistics, spec)
+    return Gradients(
+        grad_x,
+        None if grad_weight is None or operands.weight is None else grad_weight.to(operands.weight.dtype),
+        None if grad_bias is None or operands.bias is None else grad_bias.to(operands.bias.dtype),
+        grad_residual,
+    )
+
+
+def _through_moments(
+    grad_mean: Tensor | None, grad_m2: Tensor | None, operands: Operands, statistics: Statistics, spec: Train
+) -> Tensor | float:
+    x, position_weight, layout = operands.x, operands.position_weight, spec.layout
+    if position_weight is not None:  # where it is 0, x may hold anything
+        x = torch.where(position_weight > 0, x, 0)
+    centred = x.double() - layout.line_up(statistics.mean)
+    per_count = reference.reciprocal_count(statistics, position_weight, spec)
+    return reference.through_moments(grad_mean, grad_m2, centred, position_weight, per_count, layout)
+
+
+def _summed(
+    over_ranks: Callable[[Tensor], Tensor],
+    sums: Tensor,
+    grad_mean: Tensor | None,
+    grad_m2: Tensor | None,
+    statistics: Statistics,
+    spec: Train,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Σ g, Σ g (x - μ), dL/dμ and dL/dm2 over all ranks, which may run other backends: those exchange Σ g z."""
+    variance = statistics.m2 / torch.where(statistics.count > 0, statistics.count, 1.0)
+    std = torch.sqrt(variance + spec.eps)
+    zero = torch.zeros_like(sums[0])
+    own = [sums[0], sums[1] / std, *(zero if t is None else t for t in (grad_mean, grad_m2))]
+    pull_mean, pull_m2, grad_mean, grad_m2 = over_ranks(torch.stack(own)).unbind()
+    sums = torch.stack([pull_mean, pull_m2 * std])
+    return sums, grad_mean if grad_mean.any() else None, grad_m2 if grad_m2.any() else None

@@ -1,0 +1,34 @@
+"""Numba's decorators as the kernels use them, typed as what they make."""
+
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# (Numba's own are typed in part)
+
+from typing import Any, Final, TypeVar
+
+from numba import extending as numba_extending
+from numba import njit
+
+__all__ = ["FAST", "compiled", "intrinsic", "overload"]
+
+Function = TypeVar("Function")
+
+# What sums need to be vectorised, and nothing that would assume NaN and inf away. Numba's default error model checks
+# divisions, which stops loops from being vectorised.
+FAST: Final[dict[str, Any]] = {"fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
+# Without the wrappers by which Python or C would call it, a function compiles in half the time.
+_PART: Final[dict[str, Any]] = {**FAST, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
+
+def compiled(function: Function) -> Function:
+    """A part of a kernel, which nothing else calls."""
+    return njit(**_PART)(function)  # pyright: ignore
+
+
+def intrinsic(function) -> Any:
+    """A function whose code is written by `function`; it is called without the typing context."""
+    return numba_extending.intrinsic(function)
+
+
+def overload(function) -> Any:
+    """Registers what `function` is compiled to, by the types of its arguments."""
+    return numba_extending.overload(function, jit_options=_PART)  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,315 @@
+"""Kernels over planes: the values of a channel lie in A runs of S neighbours, as in a contiguous (N, C, H, W).
+
+A task is a channel, or a part of one where there are few: its values are numbered from 0 to A S, run after run. A
+channel that is one task is measured and normalised in one go, so that the second pass finds it in the cache; so are
+the two passes of backward.
+"""
+
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUnknownLambdaType=false
+# pyright: reportUnknownVariableType=false
+# (Numba types its functions itself)
+
+import numpy as np
+from numba import carray  # pyright: ignore[reportPrivateImportUsage]
+
+from steadynorm.ops.cpu.bending import prepare_pulls, prepare_values, pull_at, scratch_for, value_at
+from steadynorm.ops.cpu.channel import (
+    around,
+    coefficients,
+    constants,
+    keep_gradients,
+    keep_statistics,
+    settled,
+)
+from steadynorm.ops.cpu.compiling import compiled
+from steadynorm.ops.cpu.kernel import Kernel
+from steadynorm.ops.cpu.memory import array_at, load, narrow, present, store, take, thread_number, widest_vectors
+
+__all__ = ["backward", "forward", "gather_gradients", "gather_statistics", "gradient", "measure", "normalize", "reduce"]
+
+# Values at a time: few enough for float32 sums of them to lose nothing, and for scratch to stay in L1.
+_RUN = 1024
+
+
+@compiled
+def _sums(a, c, start, stop, around):  # pragma: no cover
+    """Σ w d and Σ w d² with d = x - around: each run in the dtype that computes, the runs in float64."""
+    widest_vectors()
+    x = array_at(a.x, a.outer * a.channels * a.inner, a.memory)
+    weight = array_at(a.position_weight, a.outer * a.inner, a.weights)
+    zero = narrow(a.memory, 0.0)
+    first, second = 0.0, 0.0
+    row = start // a.inner
+    i = start - row * a.inner
+    at = start
+    while at < stop:
+        n = min(a.inner - i, stop - at, _RUN)
+        begin = (row * a.channels + c) * a.inner + i
+        xs, ws = x[begin : begin + n], weight[at : at + n]
+        run1, run2 = zero, zero
+        for j in range(xs.size):
+            d = load(xs, j) - around
+            if present(a.weights):
+                w = load(ws, j)
+                d = d if w > zero else zero  # where the weight is 0, x may hold anything
+                run1 += w * d
+                run2 += w * d * d
+            else:
+                run1 += d
+                run2 += d * d
+        first += run1
+        second += run2
+        at += n
+        i += n
+        if i == a.inner:
+            row, i = row + 1, 0
+    return first, second
+
+
+@compiled
+def _write(a, c, start, stop, scratch):  # pragma: no cover
+    """y = f((x - centre) scale + shift + residual), 0 where not valid."""
+    widest_vectors()
+    centre, scale, shift = constants(a, c)
+    slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
+    size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
+    x, y = array_at(a.x, size, a.memory), array_at(a.y, size, a.memory)
+    residual, valid = array_at(a.residual, size, a.added), array_at(a.valid, positions, a.mask)
+    row = start // a.inner
+    i = start - row * a.inner
+    at = start
+    while at < stop:
+        n = min(a.inner - i, stop - at, _RUN)
+        begin = (row * a.channels + c) * a.inner + i
+        xs, ys, rs, vs = x[begin : begin + n], y[begin : begin + n], residual[begin : begin + n], valid[at : at + n]
+        prepare_values(a.activation, a, xs, rs, scratch, centre, scale, shift)
+        for j in range(xs.size):
+            z = (load(xs, j) - centre) * scale + shift + narrow(a.memory, load(rs, j))
+            out = value_at(a.activation, scratch, j, z, slope, cap)
+            if present(a.mask):
+                out = out if vs[j] else zero
+            store(ys, j, out)
+        at += n
+        i += n
+        if i == a.inner:
+            row, i = row + 1, 0
+
+
+@compiled
+def _pulls(a, c, start, stop, scratch):  # pragma: no cover
+    """Σ g and Σ g d with g = dL/dy f'(z) and d = x - centre; g itself is written where a residual wants it."""
+    widest_vectors()
+    centre, scale, shift = constants(a, c)
+    slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
+    size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
+    x, grad_y = array_at(a.x, size, a.memory), array_at(a.grad_y, size, a.memory)
+    residual, valid = array_at(a.residual, size, a.added), array_at(a.valid, positions, a.mask)
+    first, second = 0.0, 0.0
+    row = start // a.inner
+    i = start - row * a.inner
+    at = start
+    while at < stop:
+        n = min(a.inner - i, stop - at, _RUN)
+        begin = (row * a.channels + c) * a.inner + i
+        xs, gs, rs = x[begin : begin + n], grad_y[begin : begin + n], residual[begin : begin + n]
+        vs = valid[at : at + n]
+        prepare_pulls(a.activation, a, xs, rs, gs, scratch, centre, scale, shift)
+        run1, run2 = zero, zero
+        for j in range(xs.size):
+            d = load(xs, j) - centre
+            z = d * scale + shift + narrow(a.memory, load(rs, j))
+            g = pull_at(a.activation, scratch, j, z, load(gs, j), slope, cap)
+            if present(a.mask):
+                g = g if vs[j] else zero
+                d = d if vs[j] else zero
+            run1 += g
+            run2 += g * d
+        first += run1
+        second += run2
+        at += n
+        i += n
+        if i == a.inner:
+            row, i = row + 1, 0
+    return first, second
+
+
+@compiled
+def _spread(a, c, start, stop, scratch):  # pragma: no cover
+    """dx = ac (g - w (k1 d + k0)), and g for the residual; both 0 where not valid."""
+    widest_vectors()
+    centre, scale, shift = constants(a, c)
+    ac, k1, k0 = coefficients(a, c)
+    slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
+    size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
+    x, grad_y, grad_x = (
+        array_at(a.x, size, a.memory),
+        array_at(a.grad_y, size, a.memory),
+        array_at(a.grad_x, size, a.memory),
+    )
+    residual, grad_residual = array_at(a.residual, size, a.added), array_at(a.grad_residual, size, a.added)
+    weight, valid = array_at(a.position_weight, positions, a.weights), array_at(a.valid, positions, a.mask)
+    row = start // a.inner
+    i = start - row * a.inner
+    at = start
+    while at < stop:
+        n = min(a.inner - i, stop - at, _RUN)
+        begin = (row * a.channels + c) * a.inner + i
+        xs, gs, dxs = x[begin : begin + n], grad_y[begin : begin + n], grad_x[begin : begin + n]
+        rs, drs = residual[begin : begin + n], grad_residual[begin : begin + n]
+        ws, vs = weight[at : at + n], valid[at : at + n]
+        prepare_pulls(a.activation, a, xs, rs, gs, scratch, centre, scale, shift)
+        for j in range(xs.size):
+            d = load(xs, j) - centre
+            z = d * scale + shift + narrow(a.memory, load(rs, j))
+            g = pull_at(a.activation, scratch, j, z, load(gs, j), slope, cap)
+            taken = k1 * d + k0
+            if present(a.weights):
+                w = load(ws, j)
+                taken = taken * w if w > zero else zero
+            dx = ac * (g - taken)
+            if present(a.mask):
+                g = g if vs[j] else zero
+                dx = dx if vs[j] else zero
+            store(dxs, j, dx)
+            if present(a.added):
+                store(drs, j, g)
+        at += n
+        i += n
+        if i == a.inner:
+            row, i = row + 1, 0
+
+
+@compiled
+def _part(a, task):  # pragma: no cover
+    """The channel that a task is about, and from which to which of its values."""
+    c = task // a.parts
+    part = task - c * a.parts
+    values = a.outer * a.inner
+    return c, part, part * values // a.parts, (part + 1) * values // a.parts
+
+
+def _forward(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    scratch = scratch_for(a.activation, a.memory, _RUN)
+    values = a.outer * a.inner
+    me = thread_number(a)
+    while True:
+        c = take(a, me)
+        if c >= a.tasks:
+            break
+        near = narrow(a.memory, around(a, c))
+        first, second = _sums(a, c, 0, values, near)
+        mean, m2 = settled(a, c, np.float64(near), first, second)
+        keep_statistics(a, c, mean, m2)
+        _write(a, c, 0, values, scratch)
+
+
+def _measure(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
+    me = thread_number(a)
+    while True:
+        task = take(a, me)
+        if task >= a.tasks:
+            break
+        c, part, start, stop = _part(a, task)
+        near = narrow(a.memory, around(a, c))
+        first, second = _sums(a, c, start, stop, near)
+        partial[2 * a.parts * a.channels + c] = near  # the same whichever part writes it
+        partial[part * a.channels + c] = first
+        partial[(a.parts + part) * a.channels + c] = second
+
+
+def _gather_statistics(pointer):  # pragma: no cover
+    a = carray(pointer, 1)[0]
+    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
+    me = thread_number(a)
+    while True:
+        c = take(a, me)
+        if c >= a.tasks:
+            break
+        first, second = 0.0, 0.0
+        for part in range(a.parts):
+            first += partial[part * a.channels + c]
+            second += partial[(a.parts + part) * a.channels + c]
+        mean, m2 = settled(a, c, partial[2 * a.parts * a.channels + c], first, second)
+        keep_statistics(a, c, mean, m2)
+
+
+def _normalize(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    scratch = scratch_for(a.activation, a.memory, _RUN)
+    me = thread_number(a)
+    while True:
+        task = take(a, me)
+        if task >= a.tasks:
+            break
+        c, _, start, stop = _part(a, task)
+        _write(a, c, start, stop, scratch)
+
+
+def _backward(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    scratch = scratch_for(a.activation, a.memory, _RUN)
+    values = a.outer * a.inner
+    me = thread_number(a)
+    while True:
+        c = take(a, me)
+        if c >= a.tasks:
+            break
+        first, second = _pulls(a, c, 0, values, scratch)
+        keep_gradients(a, c, first, second)
+        _spread(a, c, 0, values, scratch)
+
+
+def _reduce(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    scratch = scratch_for(a.activation, a.memory, _RUN)
+    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
+    me = thread_number(a)
+    while True:
+        task = take(a, me)
+        if task >= a.tasks:
+            break
+        c, part, start, stop = _part(a, task)
+        first, second = _pulls(a, c, start, stop, scratch)
+        partial[part * a.channels + c] = first
+        partial[(a.parts + part) * a.channels + c] = second
+
+
+def _gather_gradients(pointer):  # pragma: no cover
+    a = carray(pointer, 1)[0]
+    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
+    me = thread_number(a)
+    while True:
+        c = take(a, me)
+        if c >= a.tasks:
+            break
+        first, second = 0.0, 0.0
+        for part in range(a.parts):
+            first += partial[part * a.channels + c]
+            second += partial[(a.parts + part) * a.channels + c]
+        keep_gradients(a, c, first, second)
+
+
+def _gradient(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    scratch = scratch_for(a.activation, a.memory, _RUN)
+    me = thread_number(a)
+    while True:
+        task = take(a, me)
+        if task >= a.tasks:
+            break
+        c, _, start, stop = _part(a, task)
+        _spread(a, c, start, stop, scratch)
+
+
+forward, backward = Kernel(_forward), Kernel(_backward)
+measure, gather_statistics, normalize = Kernel(_measure), Kernel(_gather_statistics), Kernel(_normalize)
+reduce, gather_gradients, gradient = Kernel(_reduce), Kernel(_gather_gradients), Kernel(_gradient)
