@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.errors import ArgumentError, DeviceError, DtypeError, ShapeError, WeightError
-from steadynorm.ops import autograd, merging, reference
+from steadynorm.ops import autograd, merging
 from steadynorm.ops.groups import resolve_group
 from steadynorm.ops.layout import Layout, accumulator_dtype, align
 from steadynorm.ops.reference import Statistics
@@ -74,7 +74,7 @@ class Moments(NamedTuple):
         if not x.is_floating_point():
             raise DtypeError(f"expected a floating-point tensor, got {x.dtype}. Convert it first, e.g. with x.float().")
         layout = Layout.of(x, channel_dim)
-        return cls(*reference.measure(x, None if weight is None else checked_weight(weight, x, layout), layout))
+        return cls(*autograd.measure(x, None if weight is None else checked_weight(weight, x, layout), layout))
 
     @classmethod
     def empty(cls, num_channels: int, device: torch.device | str | None = None) -> "Moments":

@@ -16,7 +16,7 @@ from steadynorm.errors import (
     SingleValueError,
 )
 from steadynorm.moments import checked_weight
-from steadynorm.ops import autograd, ghost, reference
+from steadynorm.ops import autograd, ghost
 from steadynorm.ops.autograd import Correction
 from steadynorm.ops.layout import Layout, align
 from steadynorm.ops.reference import Operands, Statistics, Train
@@ -87,7 +87,8 @@ def run(
     if not training:
         if running_mean is None or running_var is None:
             raise ArgumentError("evaluation needs running_mean and running_var; pass them, or training=True.")
-        y = _normalize_by_running(Operands(x, weight, bias, residual, None, valid), running_mean, running_var, spec)
+        operands = Operands(x, weight, bias, residual, None, valid)
+        y = autograd.normalize_by_constants(operands, running_mean, running_var, spec)
     else:
         position_weight = valid
         if weights is not None:
@@ -121,13 +122,6 @@ def warn_if(refused: Tensor | bool, where: object, stacklevel: int = 3) -> None:
             RejectedBatchWarning,
             stacklevel=stacklevel,
         )
-
-
-def _normalize_by_running(operands: Operands, mean: Tensor, variance: Tensor, spec: Train) -> Tensor:
-    # Elementwise with constants per channel: an example gets the same result alone as in any batch.
-    # (Not `torch.promote_types`, which an exported program would hold as an operation.)
-    dtype = torch.float64 if torch.float64 in (operands.x.dtype, mean.dtype) else torch.float32
-    return reference.normalize(operands, mean.to(dtype), variance.to(dtype), spec)
 
 
 def _checked_mask(mask: Tensor, x: Tensor, layout: Layout) -> Tensor:

@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from steadynorm.nn.correcting import Corrector
 from steadynorm.nn.domains import checked_domains
 from steadynorm.nn.exporting import aten_step
 from steadynorm.nn.renorm import Renorm
+from steadynorm.nn.shortcuts import lay_shortcut, take_shortcut
 from steadynorm.nn.state import Stateful
 from steadynorm.nn.tracing import is_proxy, leaf_call
 from steadynorm.ops.autograd import Correction
@@ -22,6 +23,9 @@ from steadynorm.ops.ghost import smallest_chunk
 from steadynorm.ops.groups import GroupLike, GroupReference, resolve_group
 from steadynorm.ops.reference import Operands
 from steadynorm.step import Masked, Settings, layout_of, refuse_single_value, run
+
+if TYPE_CHECKING:
+    from steadynorm.ops.cpu.shortcut import Shortcut
 
 __all__ = ["BatchNorm", "SingleValue"]
 
@@ -35,6 +39,7 @@ class BatchNorm(Stateful):
     _shape = ""
     frozen_affine: bool = False
     _corrector: Corrector | None = None
+    shortcut: "Shortcut | None" = None
     unfrozen_grad: dict[str, bool] = {}  # noqa: RUF012 (replaced by freeze_, never changed)
 
     def __init__(
@@ -116,8 +121,13 @@ class BatchNorm(Stateful):
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Normalises `input`; in training mode also hands its statistics on to be committed. See the class."""
-        if any(map(is_proxy, (input, residual, mask, sample_weight))):
+        if is_proxy(input) or is_proxy(residual) or is_proxy(mask) or is_proxy(sample_weight):
             return leaf_call(self, input, residual=residual, mask=mask, sample_weight=sample_weight)
+        plain = mask is None and sample_weight is None and not torch.compiler.is_compiling()  # which guards what it reads
+        if plain and self.shortcut is not None:
+            y = take_shortcut(self, input, residual)
+            if y is not None:
+                return y
         self._check_input_dim(input)
         layout = layout_of(input, self.channel_dim)
         if layout.channels != self.num_features:
@@ -143,6 +153,10 @@ class BatchNorm(Stateful):
             exported = aten_step(self, operands, running, layout, settings)
             if exported is not None:
                 return exported
+        if plain and by_batch:
+            y = lay_shortcut(self, Operands(input, weight, bias, residual), layout, settings)
+            if y is not None:
+                return y
         y, statistics = run(
             input, None if running is None else running.mean, None if running is None else running.var,
             weight, bias, by_batch, residual, mask, sample_weight, layout, settings,

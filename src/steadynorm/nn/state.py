@@ -188,7 +188,7 @@ class Stateful(TorchBatchNorm):
         self.staleness = Staleness(self.weight, self.running_mean)
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = ("remember", "active_domain", "entered", "domains_entered", "staleness")
+        passing = ("remember", "active_domain", "entered", "domains_entered", "staleness", "shortcut")
         return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -12,16 +12,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from steadynorm.ops import reference
+from steadynorm.ops import library, reference
 from steadynorm.ops.backends import backend_for
 from steadynorm.ops.collective import differentiable_sum_over_ranks, sum_over_ranks
+from steadynorm.ops.layout import Layout
 from steadynorm.ops.merging import merged
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Correction", "composite_is_needed", "over_ranks", "peeled", "train"]
+__all__ = [
+    "Correction",
+    "composite_is_needed",
+    "differentiable_backward",
+    "measure",
+    "normalize_by_constants",
+    "over_ranks",
+    "peeled",
+    "train",
+]
 
 Correction = Callable[[Statistics, Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]
 
@@ -30,13 +40,14 @@ class BatchNormTrain(torch.autograd.Function):
     """The training step with its first derivative in closed form and all further ones through the composite.
 
     `given` are the statistics to normalise by, where they had to be known beforehand: those of several ranks, or those
-    that a correction of weight and bias was made from. They still are functions of x: the derivative goes through them.
+    that a correction of weight and bias was made from. They still are functions of x: the derivative goes through them,
+    unless `spec.constant` says otherwise, as in evaluation. Of an affine map whose γ learns nothing, x is not kept.
     """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, given: Statistics | None, spec: Train, *tensors: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         operands = Operands(*tensors)
         backend = backend_for(operands)
         if given is None:
@@ -47,20 +58,29 @@ class BatchNormTrain(torch.autograd.Function):
         # What is added last has the output's own gradient: its values are needed only to differentiate an activation.
         added_last = operands.residual is not None and spec.activation is None
         ctx.added_last = operands.residual.dtype if operands.residual is not None and added_last else None
-        ctx.save_for_backward(*(operands._replace(residual=None) if added_last else operands), *statistics)
-        ctx.mark_non_differentiable(statistics.count)
+        kept = operands._replace(residual=None) if added_last else operands
+        if spec.constant and spec.activation is None and not ctx.needs_input_grad[3]:
+            kept = kept._replace(x=None)  # pyright: ignore[reportArgumentType]
+        ctx.save_for_backward(*kept, *statistics)
         ctx.set_materialize_grads(False)
+        if spec.constant:  # which may be the running statistics themselves, and must not become a part of the graph
+            return (y,)
+        ctx.mark_non_differentiable(statistics.count)
         return y, statistics.count, statistics.mean, statistics.m2
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad_y: Tensor | None, _grad_count: Tensor | None, grad_mean: Tensor | None, grad_m2: Tensor | None
+        ctx: Any, grad_y: Tensor | None, *grad_statistics: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        _, grad_mean, grad_m2 = grad_statistics or (None, None, None)
         tensors: tuple[Any, ...] = ctx.saved_tensors
         count, mean, m2 = tensors[6:]
         operands = Operands(*tensors[:6])
+        if tensors[0] is None and grad_y is not None:  # no value of x matters: any tensor of its shape will do
+            operands = operands._replace(x=grad_y)
         if torch.is_grad_enabled():  # create_graph=True: a derivative of this derivative will be asked for
-            found = _differentiable_backward((grad_y, grad_mean, grad_m2), operands, ctx.spec)
+            given = Statistics(count, mean, m2) if ctx.spec.constant else None
+            found = differentiable_backward((grad_y, grad_mean, grad_m2), operands, ctx.spec, given)
         else:
             summed = None
             wanted_by_x = ctx.needs_input_grad[2]  # or nobody asks what the other ranks pulled
@@ -75,16 +95,21 @@ class BatchNormTrain(torch.autograd.Function):
         return None, None, *found, None, None
 
 
-def _differentiable_backward(grads: tuple[Tensor | None, ...], operands: Operands, spec: Train) -> Gradients:
+def differentiable_backward(
+    grads: tuple[Tensor | None, ...], operands: Operands, spec: Train, given: Statistics | None = None
+) -> Gradients:
     """The same derivative, as a graph: autograd through the composite, which can be differentiated again.
 
-    The inputs are aliased first: where one depends on another (a residual computed from x), autograd would otherwise
-    follow that path as well and count it twice.
+    `given` are statistics that are constants. The inputs are aliased first: where one depends on another (a residual
+    computed from x), autograd would otherwise follow that path as well and count it twice.
     """
     x = operands.x.view_as(operands.x)
     weight, bias, residual = (None if t is None else t.view_as(t) for t in operands[1:4])
     aliased = operands._replace(x=x, weight=weight, bias=bias, residual=residual)
-    y, statistics = _composite(aliased, spec, None)
+    if given is None:
+        y, statistics = _composite(aliased, spec, None)
+    else:
+        y, statistics = reference.normalize_by(given, aliased, spec), given
     aliases = aliased[:4]
     outputs = (y, statistics.mean, statistics.m2)
     reached = [(out, g) for out, g in zip(outputs, grads, strict=True) if g is not None and out.requires_grad]
@@ -182,6 +207,12 @@ def train(operands: Operands, spec: Train, correct: Correction | None = None) ->
         operands, spec: As in `reference.train`.
         correct: What makes another weight and bias of the statistics, through which no gradient flows (batch renorm).
     """
+    if spec.group is None and library.is_needed(operands):
+        given = None
+        if correct is not None:
+            given = library.measure(operands.x, operands.position_weight, spec.layout)
+            operands = _corrected(operands, given, correct)
+        return library.train(operands, spec, given)
     if composite_is_needed():
         return _composite(operands, spec, correct)
     given = None
@@ -194,3 +225,36 @@ def train(operands: Operands, spec: Train, correct: Correction | None = None) ->
             operands = _corrected(operands, given, correct)
     y, count, mean, m2 = BatchNormTrain.apply(given, spec, *operands)  # pyright: ignore
     return y, Statistics(count, mean, m2)
+
+
+def normalize_by_constants(operands: Operands, mean: Tensor, variance: Tensor, spec: Train) -> Tensor:
+    """y = f(γ (x - μ) / sqrt(σ² + ε) + β + residual), 0 where not valid, by numbers that are no functions of x.
+
+    Elementwise with constants per channel: an example gets the same result alone as in any batch.
+
+    Args:
+        operands: What is normalised; y has the dtype and memory format of x.
+        mean: μ, (C,).
+        variance: σ², (C,).
+        spec: The settings.
+    """
+    if (
+        composite_is_needed()
+        or mean.requires_grad
+        or variance.requires_grad
+        or (backend := backend_for(operands)) is reference
+    ):
+        # (Not `torch.promote_types`, which an exported program would hold as an operation.)
+        dtype = torch.float64 if torch.float64 in (operands.x.dtype, mean.dtype) else torch.float32
+        return reference.normalize(operands, mean.to(dtype), variance.to(dtype), spec)
+    given = Statistics(torch.ones_like(mean, dtype=torch.float64), mean.double(), variance.double())
+    if not torch.is_grad_enabled():
+        return backend.normalize_by(given, operands, spec)
+    return BatchNormTrain.apply(given, spec._replace(constant=True), *operands)[0]  # pyright: ignore
+
+
+def measure(x: Tensor, position_weight: Tensor | None, layout: Layout) -> Statistics:
+    """`reference.measure`, by the fastest way that keeps its derivatives."""
+    if composite_is_needed() or (x.requires_grad and torch.is_grad_enabled()):
+        return reference.measure(x, position_weight, layout)
+    return backend_for(Operands(x, position_weight=position_weight)).measure(x, position_weight, layout)

@@ -8,16 +8,19 @@ bits each time.
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
+from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from steadynorm.ops import reference
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
 
-__all__ = ["Backend", "backend_for", "reference_only"]
+__all__ = ["Backend", "backend_for", "may_have_kernels", "only_reference", "readable", "reference_only"]
 
 
 class Backend(Protocol):
@@ -43,6 +46,7 @@ class Backend(Protocol):
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass, or a fake, may have no memory to read
 _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_STANDING_FOR_PLAIN = _PLAIN | {FakeTensor, FunctionalTensor}
 _only_reference = False
 
 
@@ -53,6 +57,14 @@ def _cpu() -> Backend:
     return backend
 
 
+@cache
+def committing() -> ModuleType:
+    """The CPU's way to commit."""
+    from steadynorm.ops.cpu import committing
+
+    return committing
+
+
 def backend_for(operands: Operands) -> Backend:
     """The backend for these tensors."""
     x, _, _, residual, _, _ = operands
@@ -60,10 +72,35 @@ def backend_for(operands: Operands) -> Backend:
         return reference
     if residual is not None and residual.dtype not in _CPU_DTYPES:
         return reference
+    if torch._C._len_torch_dispatch_stack():  # pyright: ignore (a mode looks on, and cannot see what kernels do)
+        return reference
     for t in operands:
         if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided):
             return reference
     return _cpu()
+
+
+def readable(gradient: Tensor) -> bool:
+    """Whether an upstream gradient is memory: no subclass, no symbol of zeros, no batch that vmap runs over."""
+    return (
+        type(gradient) in _PLAIN
+        and gradient.layout is torch.strided
+        and torch._C._has_storage(gradient)  # pyright: ignore
+        and not gradient._is_zerotensor()  # pyright: ignore
+    )
+
+
+def may_have_kernels(operands: Operands) -> bool:
+    """Whether tensors such as these, of whatever size, are for kernels once they have memory: asked while tracing."""
+    x = operands.x
+    if x.device.type != "cpu" or x.dtype not in _CPU_DTYPES:
+        return False
+    return all(t is None or (type(t) in _STANDING_FOR_PLAIN and t.layout is torch.strided) for t in operands)
+
+
+def only_reference() -> bool:
+    """Whether a `reference_only` block is around."""
+    return _only_reference
 
 
 @contextmanager

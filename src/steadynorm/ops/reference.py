@@ -61,12 +61,14 @@ class Train(NamedTuple):
         eps: ε, added to the biased variance.
         activation: f, or None for the identity.
         group: The ranks whose batches count as one; None for this process alone.
+        constant: Whether the statistics are given and no functions of x, so that no gradient flows through them.
     """
 
     layout: Layout
     eps: float
     activation: Activation | None
     group: "ProcessGroup | None" = None
+    constant: bool = False
 
 
 class Operands(NamedTuple):
@@ -214,10 +216,13 @@ def backward(
         zero = torch.zeros_like(sum_g)
         to_moments = [zero if t is None else t for t in (grad_mean, grad_m2)]
         pull_mean, pull_m2, grad_mean, grad_m2 = over_ranks(torch.stack([sum_g, sum_gz, *to_moments])).unbind()
-    pull = centred * layout.line_up(pull_m2 * invstd * per_count) + layout.line_up(pull_mean * per_count)
-    if position_weight is not None:
-        pull = pull * position_weight
-    dx = (g - pull) * layout.line_up(invstd if weight is None else invstd * weight)
+    if spec.constant:
+        dx = g * layout.line_up(invstd if weight is None else invstd * weight)
+    else:
+        pull = centred * layout.line_up(pull_m2 * invstd * per_count) + layout.line_up(pull_mean * per_count)
+        if position_weight is not None:
+            pull = pull * position_weight
+        dx = (g - pull) * layout.line_up(invstd if weight is None else invstd * weight)
     dx = dx + through_moments(grad_mean, grad_m2, centred, position_weight, per_count, layout)
     return Gradients(
         _kept(operands, dx).to(x.dtype),  # 0 where not valid, also where the sums are not finite

@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable
 from functools import lru_cache
+from types import ModuleType
 from typing import Final, NamedTuple
 
 import torch
@@ -10,19 +11,20 @@ from torch import Tensor
 
 from steadynorm.activations import Activation
 from steadynorm.ops import reference
-from steadynorm.ops.cpu import columns, planes
+from steadynorm.ops.backends import readable
+from steadynorm.ops.cpu import column_kernels, planes
 from steadynorm.ops.cpu.call import BENT, KINDS, RELU, SMOOTH, Call, Kinds
 from steadynorm.ops.cpu.geometry import Geometry, dense, geometry, positions
-from steadynorm.ops.cpu.kernel import Kernel, threads_for
-from steadynorm.ops.cpu.memory import THREADS
+from steadynorm.ops.cpu.kernel import Kernel, openmp, threads_for
+from steadynorm.ops.cpu.memory import PHASES, THREADS
 from steadynorm.ops.cpu.pages import empty_like
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
 
-__all__ = ["backward", "measure", "normalize_by", "train"]
+__all__ = ["backward", "measure", "normalize_by", "plan_for", "train"]
 
 _INFINITY: Final = float("inf")
-_COUNTERS: Final = 8 * (THREADS + 1)
+_COUNTERS: Final = 8 * (PHASES * THREADS + 1)
 
 
 class Plan(NamedTuple):
@@ -33,12 +35,32 @@ class Plan(NamedTuple):
         kinds: What kernels are compiled for.
         threads: How many run.
         template: The struct with everything filled in but addresses and the count.
+        at_once: Whether the phases of a step in parts can be one kernel's: its threads can wait for one another.
     """
 
     geometry: Geometry
     kinds: Kinds
     threads: int
     template: Call
+    at_once: bool
+
+
+def plan_for(operands: Operands, spec: Train) -> Plan:
+    """How a step is computed. x must be dense; weight and bias of one dtype."""
+    x, weight, bias, residual, position_weight, valid = operands
+    affine = weight if weight is not None else bias
+    dtypes = (
+        x.dtype,
+        torch.float32 if affine is None else affine.dtype,
+        None if residual is None else residual.dtype,
+        None if position_weight is None else computing_dtype(x),
+    )
+    return _plan(x.shape, x.stride(), dtypes, valid is not None, spec._replace(group=None), threads_for(x.numel()))
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """What kernels compute in: float32, or float64 for float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 @lru_cache(1024)
@@ -60,11 +82,15 @@ def _plan(
         inner=read.inner,
         parts=read.parts,
         width=read.width,
+        chunk=read.chunk,
         eps=spec.eps,
         count=spec.layout.count,
         **numbers,
     )
-    return Plan(read, Kinds(memory, affine, added, weights, "uint8" if masked else "", activation), threads, template)
+    at_once = threads == 1 or openmp() is not None
+    return Plan(
+        read, Kinds(memory, affine, added, weights, "uint8" if masked else "", activation), threads, template, at_once
+    )
 
 
 def _bends(activation: Activation | None) -> tuple[str, dict[str, float]]:
@@ -85,6 +111,26 @@ def _bends(activation: Activation | None) -> tuple[str, dict[str, float]]:
             return SMOOTH, {"code": code, "p": p, "q": q}
 
 
+def kernels_of(read: Geometry) -> ModuleType:
+    """The module of kernels that read memory like this."""
+    return column_kernels if read.columns else planes
+
+
+def forward_of(read: Geometry) -> Kernel:
+    """The kernel of a whole forward."""
+    return kernels_of(read).forward if read.parts == 1 else kernels_of(read).forward_in_parts
+
+
+def backward_of(read: Geometry) -> Kernel:
+    """The kernel of a whole backward."""
+    return kernels_of(read).backward if read.parts == 1 else kernels_of(read).backward_in_parts
+
+
+def partial_size(read: Geometry, spec: Train, at_once: bool) -> int:
+    """How many numbers a task leaves for another one; none where a task does all there is to a channel."""
+    return 0 if at_once and read.parts == 1 else (2 * read.parts + 1) * spec.layout.channels
+
+
 class _Step:
     """One step's operands as kernels want them, and the struct that says where they are."""
 
@@ -93,16 +139,9 @@ class _Step:
         if not dense(x):
             x = x.clone()
         self.x, self.spec = x, spec
-        self.weight, self.bias, affine = _alike(weight, bias)
+        self.weight, self.bias = _alike(weight, bias)
         self.residual = None if residual is None else like(residual, x)
-        computing = torch.float64 if x.dtype == torch.float64 else torch.float32
-        dtypes = (
-            x.dtype,
-            affine,
-            None if residual is None else residual.dtype,
-            None if position_weight is None else computing,
-        )
-        self.plan = _plan(x.shape, x.stride(), dtypes, valid is not None, spec, threads_for(x.numel()))
+        self.plan = plan_for(operands._replace(x=x, weight=self.weight, bias=self.bias), spec)
         order, dim = self.plan.geometry.order, spec.layout.dim
         self.call = call = Call.from_buffer_copy(self.plan.template)
         call.x = x.data_ptr()
@@ -115,7 +154,7 @@ class _Step:
         if position_weight is not None:
             wide = positions(position_weight, x, order, dim, torch.float64)
             call.count = wide.sum().item()
-            self.position_weight = wide.to(computing)
+            self.position_weight = wide.to(computing_dtype(x))
             call.position_weight = self.position_weight.data_ptr()
         if valid is not None:
             self.valid = positions(valid, x, order, dim, torch.bool)
@@ -140,28 +179,30 @@ class _Step:
 
     def measure(self, table: Tensor) -> None:
         """Writes the statistics to `table`."""
-        read, channels = self.plan.geometry, self.spec.layout.channels
-        partial = torch.empty((2 * read.parts + 1, channels), dtype=torch.float64)
+        read = self.plan.geometry
+        partial = torch.empty(partial_size(read, self.spec, at_once=False), dtype=torch.float64)
         self.call.partial, self.call.statistics = partial.data_ptr(), table.data_ptr()
-        self.run((columns if read.columns else planes).measure, read.chunks * read.parts)
-        self.gather(planes.gather_statistics)
+        self.run(kernels_of(read).measure, read.chunks * read.parts)
+        self.gather(planes.gathered_statistics)
 
     def normalize(self, table: Tensor) -> Tensor:
         """y by the statistics in `table`."""
         read, y = self.plan.geometry, empty_like(self.x)
         self.call.statistics, self.call.y = table.data_ptr(), y.data_ptr()
-        self.run((columns if read.columns else planes).normalize, read.chunks * read.parts)
+        self.run(kernels_of(read).normalize, read.chunks * read.parts)
         return y
 
     def forward(self, table: Tensor) -> Tensor:
         """Both."""
         read = self.plan.geometry
-        if read.parts > 1:
+        if read.parts > 1 and not self.plan.at_once:
             self.measure(table)
             return self.normalize(table)
         y = empty_like(self.x)
         self.call.statistics, self.call.y = table.data_ptr(), y.data_ptr()
-        self.run((columns if read.columns else planes).forward, read.chunks)
+        partial = torch.empty(partial_size(read, self.spec, at_once=True), dtype=torch.float64)
+        self.call.partial = partial.data_ptr()
+        self.run(forward_of(read), read.chunks * read.parts)
         return y
 
 
@@ -172,14 +213,14 @@ def like(t: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
-def _alike(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, torch.dtype]:
+def _alike(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """γ and β as kernels read them, contiguous and of one dtype."""
     dtypes = {t.dtype for t in (weight, bias) if t is not None}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32 if not dtypes else torch.float64
-    if dtypes or dtype not in KINDS:
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float64
+    if dtype not in KINDS:
         dtype = torch.float64
     weight, bias = (None if t is None else t.detach().to(dtype).contiguous() for t in (weight, bias))
-    return weight, bias, dtype
+    return weight, bias
 
 
 def measure(x: Tensor, weight: Tensor | None, layout: Layout) -> Statistics:
@@ -192,13 +233,13 @@ def measure(x: Tensor, weight: Tensor | None, layout: Layout) -> Statistics:
 def train(operands: Operands, spec: Train) -> tuple[Tensor, Statistics]:
     """As `reference.train`."""
     table = torch.empty((3, spec.layout.channels), dtype=torch.float64)
-    y = _Step(operands, spec._replace(group=None)).forward(table)
+    y = _Step(operands, spec).forward(table)
     return y, Statistics(*table.unbind())
 
 
 def normalize_by(statistics: Statistics, operands: Operands, spec: Train) -> Tensor:
     """As `reference.normalize_by`."""
-    return _Step(operands, spec._replace(group=None)).normalize(torch.stack(statistics).double())
+    return _Step(operands, spec).normalize(torch.stack(statistics).double())
 
 
 def backward(
@@ -211,9 +252,9 @@ def backward(
     over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Gradients:
     """As `reference.backward`."""
-    if grad_y is None:
+    if grad_y is None or not readable(grad_y):
         return reference.backward(grad_y, grad_mean, grad_m2, operands, statistics, spec, over_ranks)
-    step = _Step(operands, spec._replace(group=None))
+    step = _Step(operands, spec)
     read, call, channels = step.plan.geometry, step.call, spec.layout.channels
     table = torch.stack(statistics)
     grad_y = like(grad_y.to(step.x.dtype), step.x)
@@ -230,15 +271,18 @@ def backward(
         call.grad_bias = grad_bias.data_ptr()
     if grad_residual is not None:
         call.grad_residual = grad_residual.data_ptr()
-    kernels = columns if read.columns else planes
-    if read.parts == 1 and over_ranks is None:
-        step.run(kernels.backward, read.chunks)
+    kernels = kernels_of(read)
+    at_once = over_ranks is None and not spec.constant and (read.parts == 1 or step.plan.at_once)
+    partial = torch.empty(partial_size(read, spec, at_once), dtype=torch.float64)
+    call.partial = partial.data_ptr()
+    if at_once:
+        step.run(backward_of(read), read.chunks * read.parts)
     else:
-        partial = torch.empty((2 * read.parts + 1, channels), dtype=torch.float64)
-        call.partial = partial.data_ptr()
         step.run(kernels.reduce, read.chunks * read.parts)
-        step.gather(planes.gather_gradients)
-        if over_ranks is not None:
+        step.gather(planes.gathered_gradients)
+        if spec.constant:
+            call.sums = 0  # nothing pulls at constants
+        elif over_ranks is not None:
             sums, grad_mean, grad_m2 = _summed(over_ranks, sums, grad_mean, grad_m2, statistics, spec)
             call.sums = sums.data_ptr()
         step.run(kernels.gradient, read.chunks * read.parts)

@@ -11,20 +11,22 @@ from typing import NamedTuple
 import torch
 from numba import types
 
-from steadynorm.ops.cpu.memory import THREADS
+from steadynorm.ops.cpu.memory import PHASES, THREADS
 
 __all__ = ["BENT", "DIGEST", "KINDS", "RELU", "SMOOTH", "Call", "Kinds", "record"]
 
 _INTEGERS = (
-    *(f"taken_{thread}" for thread in range(THREADS + 1)),  # how many tasks each thread has taken; and of threads
+    *(f"taken_{i}" for i in range(PHASES * THREADS + 1)),  # how many tasks each thread has taken; how many threads came
     "threads",
     "thread_number",  # the address of a C function that says which thread asks, or 0
+    "barrier",  # the address of one that waits for the others, or 0
     "tasks",
     "outer",  # A: x is read as (A, C, S)
     "channels",  # C
     "inner",  # S
     "parts",  # into how many parts, each a task, the values of a channel are split
     "width",  # of a row of columns, see columns.py
+    "chunk",  # how many of them a task takes
     # The addresses of arrays, 0 for those that a kernel is not given.
     "x",
     "y",
@@ -40,11 +42,19 @@ _INTEGERS = (
     "position_weight",  # (A, S), in the dtype that computes
     "valid",  # bool (A, S)
     "sums",  # float64 (2, C): Σ g and Σ g (x - μ)
+    "running_mean",  # (C,); from here to refused for committing.py alone
+    "running_var",
+    "tracked",  # int64 ()
+    "rejected",
+    "weighted",  # whether the count is a sum of sample weights
+    "refused",  # is set to whether the batch was rejected
     "partial",  # float64 (2 parts + 1, C): the two sums of each part, and what values were taken relative to
 )
 _NUMBERS = (
     "count",  # n, the sum of the weights
     "eps",
+    "momentum",  # negative for the average of all batches
+    "greatest",  # number that the running statistics can hold
     "slope",  # of the activation below 0
     "cap",  # its greatest value
     "code",  # a smooth activation's number and parameters, see smooth.py

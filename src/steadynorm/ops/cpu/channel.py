@@ -7,9 +7,21 @@
 import numpy as np
 
 from steadynorm.ops.cpu.compiling import compiled
-from steadynorm.ops.cpu.memory import array_at, load, narrow, present, store
+from steadynorm.ops.cpu.geometry import LONGEST
+from steadynorm.ops.cpu.memory import array_at, fill, load, narrow, present, store, take
 
-__all__ = ["SAMPLES", "around", "coefficients", "constants", "keep_gradients", "keep_statistics", "settled"]
+__all__ = [
+    "SAMPLES",
+    "around",
+    "coefficients",
+    "constants",
+    "gather_gradients",
+    "gather_statistics",
+    "keep_gradients",
+    "keep_statistics",
+    "kth",
+    "settled",
+]
 
 SAMPLES = 8
 # Squares of float32 that are subnormal or overflow within a sum lie outside; the sum is then taken again in float64.
@@ -78,6 +90,20 @@ def _measured_in_float64(a, c, around):  # pragma: no cover
 
 
 @compiled
+def _statistics(a, c, n):  # pragma: no cover
+    """Count, mean and m2 of n channels from c on."""
+    table = array_at(a.statistics, 3 * a.channels, np.float64(0))
+    at = a.channels + c
+    return table[c : c + n], table[at : at + n], table[at + a.channels : at + a.channels + n]
+
+
+@compiled
+def kth(rooms, k, n):  # pragma: no cover
+    """The first n numbers of the k-th of rooms for LONGEST."""
+    return rooms[k * LONGEST : k * LONGEST + n]
+
+
+@compiled
 def keep_statistics(a, c, mean, m2):  # pragma: no cover
     """Writes a channel's count, mean and m2."""
     statistics = array_at(a.statistics, 3 * a.channels, np.float64(0))
@@ -87,22 +113,29 @@ def keep_statistics(a, c, mean, m2):  # pragma: no cover
 
 
 @compiled
-def constants(a, c):  # pragma: no cover
-    """centre, scale and shift of y = (x - centre) scale + shift, in the dtype that computes.
+def constants(a, c, n, numbers):  # pragma: no cover
+    """centre, scale and shift of y = (x - centre) scale + shift, of n channels from c on: the first three rooms.
 
-    The centre is the mean rounded to that dtype, so that x - centre loses nothing; shift makes up for the rounding.
+    The centre is the mean rounded to the dtype that computes, so that x - centre loses nothing; shift makes up for the
+    rounding.
     """
-    statistics = array_at(a.statistics, 3 * a.channels, np.float64(0))
-    n, mean, m2 = statistics[c], statistics[a.channels + c], statistics[2 * a.channels + c]
-    invstd = 1 / np.sqrt((m2 / n if n > 0 else 0.0) + a.eps)
-    scale = invstd
+    counts, means, m2s = _statistics(a, c, n)
+    centre, scale, shift = kth(numbers, 0, n), kth(numbers, 1, n), kth(numbers, 2, n)
+    eps = a.eps
+    for k in range(means.size):
+        variance = m2s[k] / counts[k] if counts[k] > 0 else 0.0
+        centre[k] = narrow(a.memory, means[k])
+        scale[k] = 1 / np.sqrt(variance + eps)
     if a.weight != 0:
-        scale = invstd * load(array_at(a.weight, a.channels, a.affine), c)
-    centre = narrow(a.memory, mean)
-    shift = (np.float64(centre) - mean) * scale
+        weight = array_at(a.weight, a.channels, a.affine)[c : c + n]
+        for k in range(scale.size):
+            scale[k] *= load(weight, k)
+    for k in range(scale.size):
+        shift[k] = (centre[k] - means[k]) * scale[k]
     if a.bias != 0:
-        shift += load(array_at(a.bias, a.channels, a.affine), c)
-    return centre, narrow(a.memory, scale), narrow(a.memory, shift)
+        bias = array_at(a.bias, a.channels, a.affine)[c : c + n]
+        for k in range(shift.size):
+            shift[k] += load(bias, k)
 
 
 @compiled
@@ -121,23 +154,61 @@ def keep_gradients(a, c, sum_g, sum_gd):  # pragma: no cover
 
 
 @compiled
-def coefficients(a, c):  # pragma: no cover
-    """The three of dx = ac (g - w (k1 d + k0)), in the dtype that computes; d = x - centre.
+def coefficients(a, c, n, numbers):  # pragma: no cover
+    """The three of dx = ac (g - w (k1 d + k0)), d = x - centre, of n channels from c on: the first three rooms.
 
         ac = γ / σ,   k1 = Σ g (x - μ) / σ² / n,   k0 = Σ g / n + k1 (centre - μ)
 
     A single value gets dx = 0 to the bit. Where the statistics are constants (a.sums is not given), dx = ac g.
     """
-    statistics = array_at(a.statistics, 3 * a.channels, np.float64(0))
-    n, mean, m2 = statistics[c], statistics[a.channels + c], statistics[2 * a.channels + c]
-    per_count = 1 / n if n > 0 else 0.0
-    invstd = 1 / np.sqrt(m2 * per_count + a.eps)
-    ac = invstd
-    if a.weight != 0:
-        ac = invstd * load(array_at(a.weight, a.channels, a.affine), c)
-    k0, k1 = 0.0, 0.0
+    counts, means, m2s = _statistics(a, c, n)
+    ac, k1, k0 = kth(numbers, 0, n), kth(numbers, 1, n), kth(numbers, 2, n)
+    eps = a.eps
+    for k in range(means.size):
+        variance = m2s[k] / counts[k] if counts[k] > 0 else 0.0
+        ac[k] = 1 / np.sqrt(variance + eps)
     if a.sums != 0:
         sums = array_at(a.sums, 2 * a.channels, np.float64(0))
-        k1 = invstd * invstd * sums[a.channels + c] * per_count
-        k0 = sums[c] * per_count + k1 * (np.float64(narrow(a.memory, mean)) - mean)
-    return narrow(a.memory, ac), narrow(a.memory, k1), narrow(a.memory, k0)
+        sum_g, sum_gd = sums[c : c + n], sums[a.channels + c : a.channels + c + n]
+        for k in range(means.size):
+            per_count = 1 / counts[k] if counts[k] > 0 else 0.0
+            k1[k] = ac[k] * ac[k] * sum_gd[k] * per_count
+            k0[k] = sum_g[k] * per_count + k1[k] * (np.float64(narrow(a.memory, means[k])) - means[k])
+    else:
+        fill(k1, 0.0)
+        fill(k0, 0.0)
+    if a.weight != 0:
+        weight = array_at(a.weight, a.channels, a.affine)[c : c + n]
+        for k in range(ac.size):
+            ac[k] *= load(weight, k)
+
+
+@compiled
+def gather_statistics(a, me, phase):  # pragma: no cover
+    """Adds up what the parts of each channel have measured, and writes its statistics."""
+    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
+    while True:
+        c = take(a, me, phase, a.channels)
+        if c >= a.channels:
+            break
+        first, second = 0.0, 0.0
+        for part in range(a.parts):
+            first += partial[part * a.channels + c]
+            second += partial[(a.parts + part) * a.channels + c]
+        mean, m2 = settled(a, c, partial[2 * a.parts * a.channels + c], first, second)
+        keep_statistics(a, c, mean, m2)
+
+
+@compiled
+def gather_gradients(a, me, phase):  # pragma: no cover
+    """Adds up Σ g and Σ g d of the parts of each channel, and writes its gradients."""
+    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
+    while True:
+        c = take(a, me, phase, a.channels)
+        if c >= a.channels:
+            break
+        first, second = 0.0, 0.0
+        for part in range(a.parts):
+            first += partial[part * a.channels + c]
+            second += partial[(a.parts + part) * a.channels + c]
+        keep_gradients(a, c, first, second)

@@ -1,4 +1,4 @@
-"""Kernels over rows of columns: a channel's values lie apart, as in (N, C), in channels_last, or in many small planes.
+"""Arithmetic over rows of columns: a channel's values lie apart, as in (N, C), channels_last, or many small planes.
 
 Memory is read as rows of `width` columns, a whole number of times the C S values of one outer step: column j belongs to
 channel (j // S) mod C. Sums are kept per column, so that loops run along rows however few channels there are or however
@@ -13,13 +13,11 @@ each channel once: no two chunks share one. One that is taken over all rows is m
 # (Numba types its functions itself)
 
 import numpy as np
-from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
 from steadynorm.ops.cpu.bending import prepare_pulls, prepare_values, pull_at, scratch_for, value_at
-from steadynorm.ops.cpu.channel import SAMPLES, coefficients, constants, keep_gradients, keep_statistics, settled
+from steadynorm.ops.cpu.channel import SAMPLES, coefficients, constants, kth
 from steadynorm.ops.cpu.compiling import compiled
 from steadynorm.ops.cpu.geometry import LONGEST
-from steadynorm.ops.cpu.kernel import Kernel
 from steadynorm.ops.cpu.memory import (
     array_at,
     fill,
@@ -28,25 +26,33 @@ from steadynorm.ops.cpu.memory import (
     present,
     room,
     store,
-    take,
-    thread_number,
     widest_vectors,
 )
 
-__all__ = ["backward", "forward", "gradient", "measure", "normalize", "reduce"]
+__all__ = [
+    "channels_of",
+    "chunk_of",
+    "expand_coefficients",
+    "expand_constants",
+    "keep_partial",
+    "measure_chunk",
+    "reduce_chunk",
+    "rooms",
+    "spread",
+    "write",
+]
 
 _BLOCK = 64  # rows whose sums are taken in the dtype that computes
 
 
 @compiled
-def _chunk(a, task):  # pragma: no cover
+def chunk_of(a, task):  # pragma: no cover
     """What a task is about: which part, its first and last row, its first and last column."""
     chunks = a.tasks // a.parts
     part = task // chunks
-    columns = a.width if a.width <= LONGEST else max(LONGEST // a.inner, 1) * a.inner
-    begin = (task - part * chunks) * columns
+    begin = (task - part * chunks) * a.chunk
     rows = (a.outer * a.channels * a.inner + a.width - 1) // a.width
-    return part, part * rows // a.parts, (part + 1) * rows // a.parts, begin, min(begin + columns, a.width)
+    return part, part * rows // a.parts, (part + 1) * rows // a.parts, begin, min(begin + a.chunk, a.width)
 
 
 @compiled
@@ -58,41 +64,44 @@ def _span(a, row, begin, end):  # pragma: no cover
 
 
 @compiled
-def _kth(rooms, k, n):  # pragma: no cover
-    """The first n numbers of the k-th of equal rooms."""
-    return rooms[k * LONGEST : k * LONGEST + n]
-
-
-@compiled
-def _channels(a, begin, end):  # pragma: no cover
+def channels_of(a, begin, end):  # pragma: no cover
     """How many channels a chunk has."""
     return min(a.channels, (end - begin) // a.inner)
 
 
 @compiled
 def _expand(a, per_channel, columns, n):  # pragma: no cover
-    """Gives each of n columns its channel's number."""
-    j, k, channels = 0, 0, _channels(a, 0, n)
-    while j < n:
-        value = per_channel[k]
-        for i in range(a.inner):
-            columns[j + i] = value
-        j += a.inner
-        k = k + 1 if k + 1 < channels else 0
+    """Gives each of n columns its channel's number, in the dtype that computes."""
+    channels = channels_of(a, 0, n)
+    numbers, step = per_channel[:channels], channels * a.inner
+    for begin in range(0, n, step):
+        if a.inner == 1:
+            these = columns[begin : begin + channels]
+            for k in range(these.size):
+                these[k] = narrow(a.memory, numbers[k])
+        else:
+            for k in range(channels):
+                fill(columns[begin + k * a.inner : begin + (k + 1) * a.inner], narrow(a.memory, numbers[k]))
 
 
 @compiled
 def _collect(a, columns, n, per_channel):  # pragma: no cover
     """Adds up each channel's columns, out of n."""
-    j, k, channels = 0, 0, _channels(a, 0, n)
-    fill(per_channel[:channels], 0.0)
-    while j < n:
-        total = 0.0
-        for i in range(a.inner):
-            total += columns[j + i]
-        per_channel[k] += total
-        j += a.inner
-        k = k + 1 if k + 1 < channels else 0
+    channels = channels_of(a, 0, n)
+    numbers, step = per_channel[:channels], channels * a.inner
+    fill(numbers, 0.0)
+    for begin in range(0, n, step):
+        if a.inner == 1:
+            these = columns[begin : begin + channels]
+            for k in range(these.size):
+                numbers[k] += these[k]
+        else:
+            for k in range(channels):
+                these = columns[begin + k * a.inner : begin + (k + 1) * a.inner]
+                total = 0.0
+                for i in range(these.size):
+                    total += these[i]
+                numbers[k] += total
 
 
 @compiled
@@ -100,8 +109,8 @@ def _around(a, begin, end, per_channel):  # pragma: no cover
     """What `channel.around` gives for each channel of a chunk, in the order of memory; in the third row."""
     x = array_at(a.x, a.outer * a.channels * a.inner, a.memory)
     weight = array_at(a.position_weight, a.outer, a.weights)
-    channels, first = _channels(a, begin, end), begin // a.inner
-    origin, total, mean = _kth(per_channel, 0, channels), _kth(per_channel, 1, channels), _kth(per_channel, 2, channels)
+    channels, first = channels_of(a, begin, end), begin // a.inner
+    origin, total, mean = kth(per_channel, 0, channels), kth(per_channel, 1, channels), kth(per_channel, 2, channels)
     fill(total, 0.0)
     found = 0
     for k in range(SAMPLES):
@@ -128,9 +137,9 @@ def _sums(a, first, last, begin, end, per_column, totals):  # pragma: no cover
     x = array_at(a.x, a.outer * a.channels * a.inner, a.memory)
     weight = array_at(a.position_weight, a.outer, a.weights)
     n, zero, full = end - begin, narrow(a.memory, 0.0), a.outer * a.channels * a.inner // a.width
-    near = _kth(per_column, 0, n)
-    run1, run2 = _kth(per_column, 6, n), _kth(per_column, 7, n)
-    total1, total2 = _kth(totals, 0, n), _kth(totals, 1, n)
+    near = kth(per_column, 0, n)
+    run1, run2 = kth(per_column, 6, n), kth(per_column, 7, n)
+    total1, total2 = kth(totals, 0, n), kth(totals, 1, n)
     fill(total1, 0.0)
     fill(total2, 0.0)
     for block in range(first, last, _BLOCK):
@@ -166,11 +175,11 @@ def _sums(a, first, last, begin, end, per_column, totals):  # pragma: no cover
 
 
 @compiled
-def _write(a, first, last, begin, end, per_column, scratch):  # pragma: no cover
+def write(a, first, last, begin, end, per_column, scratch):  # pragma: no cover
     """y = f((x - centre) scale + shift + residual), 0 where not valid."""
     widest_vectors()
     n = end - begin
-    centre, scale, shift = _kth(per_column, 0, n), _kth(per_column, 1, n), _kth(per_column, 2, n)
+    centre, scale, shift = kth(per_column, 0, n), kth(per_column, 1, n), kth(per_column, 2, n)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
     size = a.outer * a.channels * a.inner
     x, y, residual = array_at(a.x, size, a.memory), array_at(a.y, size, a.memory), array_at(a.residual, size, a.added)
@@ -194,13 +203,13 @@ def _pulls(a, first, last, begin, end, per_column, totals, scratch):  # pragma: 
     """Σ g and Σ g d of each column with g = dL/dy f'(z) and d = x - centre."""
     widest_vectors()
     n = end - begin
-    centre, scale, shift = _kth(per_column, 0, n), _kth(per_column, 1, n), _kth(per_column, 2, n)
+    centre, scale, shift = kth(per_column, 0, n), kth(per_column, 1, n), kth(per_column, 2, n)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
     size = a.outer * a.channels * a.inner
     x, grad_y = array_at(a.x, size, a.memory), array_at(a.grad_y, size, a.memory)
     residual, valid = array_at(a.residual, size, a.added), array_at(a.valid, a.outer, a.mask)
-    run1, run2 = _kth(per_column, 6, n), _kth(per_column, 7, n)
-    total1, total2 = _kth(totals, 0, n), _kth(totals, 1, n)
+    run1, run2 = kth(per_column, 6, n), kth(per_column, 7, n)
+    total1, total2 = kth(totals, 0, n), kth(totals, 1, n)
     fill(total1, 0.0)
     fill(total2, 0.0)
     for block in range(first, last, _BLOCK):
@@ -225,12 +234,12 @@ def _pulls(a, first, last, begin, end, per_column, totals, scratch):  # pragma: 
 
 
 @compiled
-def _spread(a, first, last, begin, end, per_column, scratch):  # pragma: no cover
+def spread(a, first, last, begin, end, per_column, scratch):  # pragma: no cover
     """dx = ac (g - w (k1 d + k0)), and g for the residual; both 0 where not valid."""
     widest_vectors()
     n = end - begin
-    centre, scale, shift = _kth(per_column, 0, n), _kth(per_column, 1, n), _kth(per_column, 2, n)
-    ac, k1, k0 = _kth(per_column, 3, n), _kth(per_column, 4, n), _kth(per_column, 5, n)
+    centre, scale, shift = kth(per_column, 0, n), kth(per_column, 1, n), kth(per_column, 2, n)
+    ac, k1, k0 = kth(per_column, 3, n), kth(per_column, 4, n), kth(per_column, 5, n)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
     size = a.outer * a.channels * a.inner
     x, grad_y = array_at(a.x, size, a.memory), array_at(a.grad_y, size, a.memory)
@@ -264,55 +273,54 @@ def _spread(a, first, last, begin, end, per_column, scratch):  # pragma: no cove
 
 
 @compiled
-def _measure_chunk(a, first, last, begin, end, per_channel, per_column, totals):  # pragma: no cover
+def measure_chunk(a, first, last, begin, end, per_channel, per_column, totals):  # pragma: no cover
     """Σ w d and Σ w d² of the chunk's channels, and what d is relative to: the three rooms of `per_channel`."""
     n = end - begin
     _around(a, begin, end, per_channel)
-    _expand(a, _kth(per_channel, 2, LONGEST), _kth(per_column, 0, LONGEST), n)
+    _expand(a, kth(per_channel, 2, LONGEST), kth(per_column, 0, LONGEST), n)
     _sums(a, first, last, begin, end, per_column, totals)
-    _collect(a, _kth(totals, 0, LONGEST), n, _kth(per_channel, 0, LONGEST))
-    _collect(a, _kth(totals, 1, LONGEST), n, _kth(per_channel, 1, LONGEST))
+    _collect(a, kth(totals, 0, LONGEST), n, kth(per_channel, 0, LONGEST))
+    _collect(a, kth(totals, 1, LONGEST), n, kth(per_channel, 1, LONGEST))
 
 
 @compiled
-def _reduce_chunk(a, first, last, begin, end, per_channel, per_column, totals, scratch):  # pragma: no cover
+def reduce_chunk(a, first, last, begin, end, per_channel, per_column, totals, scratch):  # pragma: no cover
     """Σ g and Σ g d of the chunk's channels in the first two rows of `per_channel`."""
-    _expand_constants(a, begin, end, per_channel, per_column)
+    expand_constants(a, begin, end, per_channel, per_column)
     _pulls(a, first, last, begin, end, per_column, totals, scratch)
-    _collect(a, _kth(totals, 0, LONGEST), end - begin, _kth(per_channel, 0, LONGEST))
-    _collect(a, _kth(totals, 1, LONGEST), end - begin, _kth(per_channel, 1, LONGEST))
+    _collect(a, kth(totals, 0, LONGEST), end - begin, kth(per_channel, 0, LONGEST))
+    _collect(a, kth(totals, 1, LONGEST), end - begin, kth(per_channel, 1, LONGEST))
 
 
 @compiled
-def _expand_constants(a, begin, end, per_channel, per_column):  # pragma: no cover
-    c = begin // a.inner
-    for k in range(_channels(a, begin, end)):
-        per_channel[k], per_channel[LONGEST + k], per_channel[2 * LONGEST + k] = constants(a, c + k)
+def expand_constants(a, begin, end, per_channel, per_column):  # pragma: no cover
+    """The constants of each column of a chunk: the first three rooms of `per_column`."""
+    constants(a, begin // a.inner, channels_of(a, begin, end), per_channel)
     for i in range(3):
-        _expand(a, _kth(per_channel, i, LONGEST), _kth(per_column, i, LONGEST), end - begin)
+        _expand(a, kth(per_channel, i, LONGEST), kth(per_column, i, LONGEST), end - begin)
 
 
 @compiled
-def _expand_coefficients(a, begin, end, per_channel, per_column):  # pragma: no cover
-    c = begin // a.inner
-    for k in range(_channels(a, begin, end)):
-        per_channel[k], per_channel[LONGEST + k], per_channel[2 * LONGEST + k] = coefficients(a, c + k)
+def expand_coefficients(a, begin, end, per_channel, per_column):  # pragma: no cover
+    """The coefficients of each column of a chunk: the next three."""
+    coefficients(a, begin // a.inner, channels_of(a, begin, end), per_channel)
     for i in range(3):
-        _expand(a, _kth(per_channel, i, LONGEST), _kth(per_column, 3 + i, LONGEST), end - begin)
+        _expand(a, kth(per_channel, i, LONGEST), kth(per_column, 3 + i, LONGEST), end - begin)
 
 
 @compiled
-def _keep_partial(a, part, begin, end, per_channel):  # pragma: no cover
+def keep_partial(a, part, begin, end, per_channel):  # pragma: no cover
+    """Leaves what a part has found for those who gather it."""
     partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
     c = begin // a.inner
-    for k in range(_channels(a, begin, end)):
+    for k in range(channels_of(a, begin, end)):
         partial[part * a.channels + c + k] = per_channel[k]
         partial[(a.parts + part) * a.channels + c + k] = per_channel[LONGEST + k]
         partial[2 * a.parts * a.channels + c + k] = per_channel[2 * LONGEST + k]  # the same whichever part writes it
 
 
 @compiled
-def _rooms(a):  # pragma: no cover
+def rooms(a):  # pragma: no cover
     """Scratch of a thread, LONGEST numbers at a time.
 
     Three per channel, eight per column (centre, scale, shift, ac, k1, k0 and two sums in the dtype that computes), two
@@ -324,101 +332,3 @@ def _rooms(a):  # pragma: no cover
         np.empty(2 * LONGEST),
         scratch_for(a.activation, a.memory, LONGEST),
     )
-
-
-def _forward(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    per_channel, per_column, totals, scratch = _rooms(a)
-    me = thread_number(a)
-    while True:
-        task = take(a, me)
-        if task >= a.tasks:
-            break
-        _, first, last, begin, end = _chunk(a, task)
-        _measure_chunk(a, first, last, begin, end, per_channel, per_column, totals)
-        c = begin // a.inner
-        for k in range(_channels(a, begin, end)):
-            mean, m2 = settled(a, c + k, per_channel[2 * LONGEST + k], per_channel[k], per_channel[LONGEST + k])
-            keep_statistics(a, c + k, mean, m2)
-        _expand_constants(a, begin, end, per_channel, per_column)
-        _write(a, first, last, begin, end, per_column, scratch)
-
-
-def _measure(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    per_channel, per_column, totals, _ = _rooms(a)
-    me = thread_number(a)
-    while True:
-        task = take(a, me)
-        if task >= a.tasks:
-            break
-        part, first, last, begin, end = _chunk(a, task)
-        _measure_chunk(a, first, last, begin, end, per_channel, per_column, totals)
-        _keep_partial(a, part, begin, end, per_channel)
-
-
-def _normalize(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    per_channel, per_column, _, scratch = _rooms(a)
-    me = thread_number(a)
-    while True:
-        task = take(a, me)
-        if task >= a.tasks:
-            break
-        _, first, last, begin, end = _chunk(a, task)
-        _expand_constants(a, begin, end, per_channel, per_column)
-        _write(a, first, last, begin, end, per_column, scratch)
-
-
-def _backward(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    per_channel, per_column, totals, scratch = _rooms(a)
-    me = thread_number(a)
-    while True:
-        task = take(a, me)
-        if task >= a.tasks:
-            break
-        _, first, last, begin, end = _chunk(a, task)
-        _reduce_chunk(a, first, last, begin, end, per_channel, per_column, totals, scratch)
-        c = begin // a.inner
-        for k in range(_channels(a, begin, end)):
-            keep_gradients(a, c + k, per_channel[k], per_channel[LONGEST + k])
-        _expand_coefficients(a, begin, end, per_channel, per_column)
-        _spread(a, first, last, begin, end, per_column, scratch)
-
-
-def _reduce(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    per_channel, per_column, totals, scratch = _rooms(a)
-    me = thread_number(a)
-    while True:
-        task = take(a, me)
-        if task >= a.tasks:
-            break
-        part, first, last, begin, end = _chunk(a, task)
-        _reduce_chunk(a, first, last, begin, end, per_channel, per_column, totals, scratch)
-        _keep_partial(a, part, begin, end, per_channel)
-
-
-def _gradient(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    per_channel, per_column, _, scratch = _rooms(a)
-    me = thread_number(a)
-    while True:
-        task = take(a, me)
-        if task >= a.tasks:
-            break
-        _, first, last, begin, end = _chunk(a, task)
-        _expand_constants(a, begin, end, per_channel, per_column)
-        _expand_coefficients(a, begin, end, per_channel, per_column)
-        _spread(a, first, last, begin, end, per_column, scratch)
-
-
-forward, measure, normalize = Kernel(_forward), Kernel(_measure), Kernel(_normalize)
-backward, reduce, gradient = Kernel(_backward), Kernel(_reduce), Kernel(_gradient)

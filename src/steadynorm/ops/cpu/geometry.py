@@ -15,7 +15,9 @@ LONGEST = 1024
 _SMALL_PLANE = 512  # below so many values a loop over a plane is too short, and planes are read as columns
 _FEWEST_ROWS = 4
 _CACHED = 1 << 20  # bytes of a chunk that its second pass still finds in a core's cache
+_MOST_PARTS = 64
 _PER_TASK = 1 << 14  # values that are worth a task of their own
+_NARROWEST = 32  # columns of a chunk at least: whole lines of the cache, and enough of them to be fetched ahead
 
 
 class Geometry(NamedTuple):
@@ -27,6 +29,7 @@ class Geometry(NamedTuple):
         order: The axes but the channels', from the outermost in memory to the innermost.
         columns: Whether as rows of columns (`columns.py`), not as planes (`planes.py`).
         width: The length of such a row.
+        chunk: How many of its columns a task takes.
         chunks: Chunks of columns, or channels.
         parts: Parts of each of them; 1 where one task measures and normalises.
     """
@@ -36,6 +39,7 @@ class Geometry(NamedTuple):
     order: tuple[int, ...]
     columns: bool
     width: int
+    chunk: int
     chunks: int
     parts: int
 
@@ -81,22 +85,30 @@ def geometry(x: Tensor, layout: Layout, threads: int, weighted: bool) -> Geometr
     parts = 1
     if threads > 1 and channels < 4 * threads:
         parts = max(min(-(-4 * threads // channels), layout.count // _PER_TASK), 1)
-    return Geometry(outer, inner, order, False, 0, channels, parts)
+    return Geometry(outer, inner, order, False, 0, 0, channels, parts)
 
 
 def _columns(
     outer: int, channels: int, inner: int, order: tuple[int, ...], threads: int, weighted: bool, item: int
 ) -> Geometry:
     unit = channels * inner
-    fold = 1 if weighted or unit > LONGEST // 2 else min(LONGEST // 2 // unit, outer)
-    width = unit * fold
-    chunks = 1 if width <= LONGEST else -(-unit // (LONGEST // inner * inner))
-    rows = -(-outer // fold)
-    parts = 1
-    if threads > 1 and not (chunks >= 2 * threads and rows * min(width, LONGEST) * item <= _CACHED):
-        wanted = -(-4 * threads // chunks)
-        parts = max(min(wanted, rows * min(width, LONGEST) // _PER_TASK), 1)
-    return Geometry(outer, inner, order, True, width, chunks, parts)
+    fold = 1 if weighted or unit > _NARROWEST * threads else min(max(LONGEST // 2 // unit, 1), outer)
+    width, rows = unit * fold, -(-outer // fold)
+    most = LONGEST // inner * inner
+    if threads == 1:
+        chunk, parts = min(width, most), 1
+    elif fold == 1 and unit >= threads * max(inner, _NARROWEST) and rows * unit * item <= threads * _CACHED:
+        # All rows of a few columns: both passes in one go, and the second finds what the first has read.
+        step = inner if inner > 1 else _NARROWEST
+        chunk, parts = min(-(-unit // (threads * step)) * step, most), 1
+    elif width > most * 2 * threads and rows * most * item <= _CACHED:
+        chunk, parts = most, 1
+    else:
+        chunk = min(width, most)
+        size = rows * width * item
+        wanted = threads if size <= threads * _CACHED else max(4 * threads, size // _CACHED)
+        parts = max(min(-(-wanted // -(-width // chunk)), rows * chunk // _PER_TASK, _MOST_PARTS), 1)
+    return Geometry(outer, inner, order, True, width, chunk, -(-width // chunk), parts)
 
 
 def positions(values: Tensor, x: Tensor, order: tuple[int, ...], dim: int, dtype: torch.dtype) -> Tensor:

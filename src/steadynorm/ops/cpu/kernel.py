@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numba import cfunc, types  # pyright: ignore[reportUnknownVariableType]
@@ -22,7 +22,7 @@ from steadynorm.ops.cpu.call import DIGEST, Call, Kinds, record
 from steadynorm.ops.cpu.compiling import FAST
 from steadynorm.ops.cpu.memory import THREADS
 
-__all__ = ["FEWEST_VALUES", "Kernel", "threads_for"]
+__all__ = ["FEWEST_VALUES", "Kernel", "openmp", "threads_for"]
 
 FEWEST_VALUES = 32768
 """Below so many values one thread is used: waking another takes as long as the work."""
@@ -55,14 +55,35 @@ class Kernel:
 
     def __init__(self, function: Callable[[Any], None]) -> None:
         self.function = function
-        self._compiled: dict[Kinds, tuple[int, Callable[[int], None]]] = {}
+        self._compiled: dict[Kinds, Compiled] = {}
 
     def __call__(self, call: Call, kinds: Kinds, threads: int) -> None:
         """Runs the tasks of `call` on up to so many threads, this one among them."""
         try:
-            address, alone = self._compiled[kinds]
+            run = self._compiled[kinds]
         except KeyError:
-            address, alone = self.compile(kinds)
+            run = self.compile(kinds)
+        run(call, threads)
+
+    def bind(self, kinds: Kinds) -> "Compiled":
+        """What `__call__` would run, looked up once; compiled when it is first run."""
+        return self._compiled.get(kinds) or (lambda call, threads: self(call, kinds, threads))
+
+    def compile(self, kinds: Kinds) -> "Compiled":
+        """Compiles for these kinds, or loads what an earlier process has compiled."""
+        with _compiling:
+            if kinds not in self._compiled:
+                self._compiled[kinds] = _runner(_compiled(self.function, kinds))
+            return self._compiled[kinds]
+
+
+Compiled = Callable[[Call, int], None]
+
+
+def _runner(address: int) -> Compiled:
+    alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+    def run(call: Call, threads: int) -> None:
         if threads > 1 and call.tasks > 1:
             call.threads = min(threads, call.tasks, THREADS)
             _run_together(address, alone, call)
@@ -70,13 +91,7 @@ class Kernel:
             call.threads = 1
             alone(ctypes.addressof(call))
 
-    def compile(self, kinds: Kinds) -> tuple[int, Callable[[int], None]]:
-        """Compiles for these kinds, or loads what an earlier process has compiled."""
-        with _compiling:
-            if kinds not in self._compiled:
-                address = _compiled(self.function, kinds)
-                self._compiled[kinds] = address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
-            return self._compiled[kinds]
+    return run
 
 
 def _compiled(function: Callable[[Any], None], kinds: Kinds) -> int:
@@ -99,19 +114,27 @@ def _compiled(function: Callable[[Any], None], kinds: Kinds) -> int:
 _alive: list[Any] = []  # compiled code lives as long as the object that holds it
 
 
+class OpenMP(NamedTuple):
+    """The functions of the OpenMP runtime that torch has loaded: run together, and where two others are."""
+
+    parallel: Any
+    thread_number: int
+    barrier: int
+
+
 @cache
-def _openmp() -> tuple[Any, int]:
-    """`GOMP_parallel` of the OpenMP runtime that torch has loaded, and where its `omp_get_thread_num` is."""
+def openmp() -> OpenMP | None:
+    """None where torch runs on something else than GNU's."""
     for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*")):
         try:
             runtime = ctypes.CDLL(str(path))
-            parallel, number = runtime.GOMP_parallel, runtime.omp_get_thread_num
+            parallel, *others = runtime.GOMP_parallel, runtime.omp_get_thread_num, runtime.GOMP_barrier
         except (OSError, AttributeError):
             continue
         parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         parallel.restype = None
-        return parallel, ctypes.cast(number, ctypes.c_void_p).value or 0
-    return None, 0
+        return OpenMP(parallel, *(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in others))
+    return None
 
 
 @cache
@@ -120,8 +143,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _run_together(address: int, alone: Callable[[int], None], call: Call) -> None:
-    parallel, call.thread_number = _openmp()
-    if parallel is not None:
+    runtime = openmp()
+    if runtime is not None:
+        parallel, call.thread_number, call.barrier = runtime
         parallel(address, ctypes.addressof(call), call.threads, 0)
         return
     others = [_pool(call.threads - 1).submit(alone, ctypes.addressof(call)) for _ in range(call.threads - 1)]

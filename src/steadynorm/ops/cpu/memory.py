@@ -19,6 +19,7 @@ from steadynorm.ops.cpu.compiling import compiled, intrinsic, overload
 
 __all__ = [
     "ABSENT",
+    "PHASES",
     "THREADS",
     "array_at",
     "fill",
@@ -30,11 +31,13 @@ __all__ = [
     "store",
     "take",
     "thread_number",
+    "wait_for_all",
     "widest_vectors",
 ]
 
 ABSENT = types.boolean
 THREADS = 64  # at most
+PHASES = 3  # of a kernel, each with tasks of its own
 _LINE = 64  # bytes: a vector that lies across two lines of the cache takes twice as long
 _BFLOAT16, _FLOAT16 = types.uint16, types.int16
 
@@ -63,26 +66,45 @@ def _ask(typingctx, address):  # pragma: no cover
     return types.int32(types.int64), generate
 
 
+@intrinsic
+def _call(typingctx, address):  # pragma: no cover
+    """Calls the C function at an address, which takes and returns nothing."""
+
+    def generate(context, builder, signature, arguments):
+        function = builder.inttoptr(arguments[0], ir.FunctionType(ir.VoidType(), []).as_pointer())
+        builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), generate
+
+
 @compiled
 def thread_number(a):  # pragma: no cover
     """Which of the threads this is, the same one from call to call where the runtime numbers them."""
-    return np.int64(_ask(a.thread_number)) if a.thread_number != 0 else _count_up(a, np.int64(THREADS))
+    return np.int64(_ask(a.thread_number)) if a.thread_number != 0 else _count_up(a, np.int64(PHASES * THREADS))
 
 
 @compiled
-def take(a, me):  # pragma: no cover
-    """The next task for thread `me`; a.tasks if there is none left.
+def take(a, me, phase, tasks):  # pragma: no cover
+    """The next of the tasks of a phase for thread `me`; `tasks` if there is none left.
 
-    Each thread has a share of its own, always the same, whose data its cache may still hold. One that has finished
-    early helps the next.
+    Each thread has a share of its own, always the same, whose data its cache may still hold; the last phase starts with
+    what the first has ended with. One that has finished early helps the next.
     """
     for k in range(a.threads):
         whose = (me + k) % a.threads
-        begin, end = whose * a.tasks // a.threads, (whose + 1) * a.tasks // a.threads
-        task = begin + _count_up(a, np.int64(whose))
-        if task < end:
-            return task
-    return a.tasks
+        begin, end = whose * tasks // a.threads, (whose + 1) * tasks // a.threads
+        taken = _count_up(a, np.int64(phase * THREADS + whose))
+        if taken < end - begin:
+            return begin + taken if phase < 2 else end - 1 - taken
+    return tasks
+
+
+@compiled
+def wait_for_all(a):  # pragma: no cover
+    """Until every thread has come this far."""
+    if a.barrier != 0:
+        _call(a.barrier)
 
 
 @intrinsic

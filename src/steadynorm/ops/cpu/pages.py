@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-__all__ = ["empty_like"]
+__all__ = ["empty_like", "is_large"]
 
 _LARGE: Final = 1 << 22  # bytes: below it the allocator mostly has memory that was used before
 _PAGE: Final = 1 << 21
@@ -24,11 +24,16 @@ def _madvise() -> Any:
     return madvise
 
 
+def is_large(x: Tensor) -> bool:
+    """Whether a result like `x` is worth asking for huge pages."""
+    return x.numel() * x.element_size() >= _LARGE
+
+
 def empty_like(x: Tensor) -> Tensor:
     """`torch.empty_like(x)`, in huge pages where it is large; merely advice, which the system need not follow."""
     fresh = torch.empty_like(x)
     size = fresh.numel() * fresh.element_size()
-    if size >= _LARGE:
+    if is_large(fresh):
         advise = _madvise()
         start = -(-fresh.data_ptr() // _PAGE) * _PAGE
         stop = (fresh.data_ptr() + size) // _PAGE * _PAGE

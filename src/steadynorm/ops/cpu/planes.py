@@ -17,15 +17,39 @@ from steadynorm.ops.cpu.channel import (
     around,
     coefficients,
     constants,
+    gather_gradients,
+    gather_statistics,
     keep_gradients,
     keep_statistics,
     settled,
 )
 from steadynorm.ops.cpu.compiling import compiled
+from steadynorm.ops.cpu.geometry import LONGEST
 from steadynorm.ops.cpu.kernel import Kernel
-from steadynorm.ops.cpu.memory import array_at, load, narrow, present, store, take, thread_number, widest_vectors
+from steadynorm.ops.cpu.memory import (
+    array_at,
+    load,
+    narrow,
+    present,
+    store,
+    take,
+    thread_number,
+    wait_for_all,
+    widest_vectors,
+)
 
-__all__ = ["backward", "forward", "gather_gradients", "gather_statistics", "gradient", "measure", "normalize", "reduce"]
+__all__ = [
+    "backward",
+    "backward_in_parts",
+    "forward",
+    "forward_in_parts",
+    "gathered_gradients",
+    "gathered_statistics",
+    "gradient",
+    "measure",
+    "normalize",
+    "reduce",
+]
 
 # Values at a time: few enough for float32 sums of them to lose nothing, and for scratch to stay in L1.
 _RUN = 1024
@@ -67,10 +91,21 @@ def _sums(a, c, start, stop, around):  # pragma: no cover
 
 
 @compiled
+def _of_channel(a, c, for_backward):  # pragma: no cover
+    """A channel's three constants, or its three coefficients, in the dtype that computes."""
+    numbers = np.empty(2 * LONGEST + 1)
+    if for_backward:
+        coefficients(a, c, 1, numbers)
+    else:
+        constants(a, c, 1, numbers)
+    return narrow(a.memory, numbers[0]), narrow(a.memory, numbers[LONGEST]), narrow(a.memory, numbers[2 * LONGEST])
+
+
+@compiled
 def _write(a, c, start, stop, scratch):  # pragma: no cover
     """y = f((x - centre) scale + shift + residual), 0 where not valid."""
     widest_vectors()
-    centre, scale, shift = constants(a, c)
+    centre, scale, shift = _of_channel(a, c, False)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
     size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
     x, y = array_at(a.x, size, a.memory), array_at(a.y, size, a.memory)
@@ -99,7 +134,7 @@ def _write(a, c, start, stop, scratch):  # pragma: no cover
 def _pulls(a, c, start, stop, scratch):  # pragma: no cover
     """Σ g and Σ g d with g = dL/dy f'(z) and d = x - centre; g itself is written where a residual wants it."""
     widest_vectors()
-    centre, scale, shift = constants(a, c)
+    centre, scale, shift = _of_channel(a, c, False)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
     size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
     x, grad_y = array_at(a.x, size, a.memory), array_at(a.grad_y, size, a.memory)
@@ -137,8 +172,8 @@ def _pulls(a, c, start, stop, scratch):  # pragma: no cover
 def _spread(a, c, start, stop, scratch):  # pragma: no cover
     """dx = ac (g - w (k1 d + k0)), and g for the residual; both 0 where not valid."""
     widest_vectors()
-    centre, scale, shift = constants(a, c)
-    ac, k1, k0 = coefficients(a, c)
+    centre, scale, shift = _of_channel(a, c, False)
+    ac, k1, k0 = _of_channel(a, c, True)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
     size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
     x, grad_y, grad_x = (
@@ -188,30 +223,11 @@ def _part(a, task):  # pragma: no cover
     return c, part, part * values // a.parts, (part + 1) * values // a.parts
 
 
-def _forward(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch = scratch_for(a.activation, a.memory, _RUN)
-    values = a.outer * a.inner
-    me = thread_number(a)
-    while True:
-        c = take(a, me)
-        if c >= a.tasks:
-            break
-        near = narrow(a.memory, around(a, c))
-        first, second = _sums(a, c, 0, values, near)
-        mean, m2 = settled(a, c, np.float64(near), first, second)
-        keep_statistics(a, c, mean, m2)
-        _write(a, c, 0, values, scratch)
-
-
-def _measure(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
+@compiled
+def _measure_all(a, me):  # pragma: no cover
     partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
-    me = thread_number(a)
     while True:
-        task = take(a, me)
+        task = take(a, me, 0, a.tasks)
         if task >= a.tasks:
             break
         c, part, start, stop = _part(a, task)
@@ -222,58 +238,21 @@ def _measure(pointer):  # pragma: no cover
         partial[(a.parts + part) * a.channels + c] = second
 
 
-def _gather_statistics(pointer):  # pragma: no cover
-    a = carray(pointer, 1)[0]
-    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
-    me = thread_number(a)
+@compiled
+def _normalize_all(a, me, phase, scratch):  # pragma: no cover
     while True:
-        c = take(a, me)
-        if c >= a.tasks:
-            break
-        first, second = 0.0, 0.0
-        for part in range(a.parts):
-            first += partial[part * a.channels + c]
-            second += partial[(a.parts + part) * a.channels + c]
-        mean, m2 = settled(a, c, partial[2 * a.parts * a.channels + c], first, second)
-        keep_statistics(a, c, mean, m2)
-
-
-def _normalize(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch = scratch_for(a.activation, a.memory, _RUN)
-    me = thread_number(a)
-    while True:
-        task = take(a, me)
+        task = take(a, me, phase, a.tasks)
         if task >= a.tasks:
             break
         c, _, start, stop = _part(a, task)
         _write(a, c, start, stop, scratch)
 
 
-def _backward(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch = scratch_for(a.activation, a.memory, _RUN)
-    values = a.outer * a.inner
-    me = thread_number(a)
-    while True:
-        c = take(a, me)
-        if c >= a.tasks:
-            break
-        first, second = _pulls(a, c, 0, values, scratch)
-        keep_gradients(a, c, first, second)
-        _spread(a, c, 0, values, scratch)
-
-
-def _reduce(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch = scratch_for(a.activation, a.memory, _RUN)
+@compiled
+def _reduce_all(a, me, scratch):  # pragma: no cover
     partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
-    me = thread_number(a)
     while True:
-        task = take(a, me)
+        task = take(a, me, 0, a.tasks)
         if task >= a.tasks:
             break
         c, part, start, stop = _part(a, task)
@@ -282,34 +261,102 @@ def _reduce(pointer):  # pragma: no cover
         partial[(a.parts + part) * a.channels + c] = second
 
 
-def _gather_gradients(pointer):  # pragma: no cover
-    a = carray(pointer, 1)[0]
-    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
-    me = thread_number(a)
+@compiled
+def _spread_all(a, me, phase, scratch):  # pragma: no cover
     while True:
-        c = take(a, me)
-        if c >= a.tasks:
-            break
-        first, second = 0.0, 0.0
-        for part in range(a.parts):
-            first += partial[part * a.channels + c]
-            second += partial[(a.parts + part) * a.channels + c]
-        keep_gradients(a, c, first, second)
-
-
-def _gradient(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch = scratch_for(a.activation, a.memory, _RUN)
-    me = thread_number(a)
-    while True:
-        task = take(a, me)
+        task = take(a, me, phase, a.tasks)
         if task >= a.tasks:
             break
         c, _, start, stop = _part(a, task)
         _spread(a, c, start, stop, scratch)
 
 
+def _forward(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    scratch, me, values = scratch_for(a.activation, a.memory, _RUN), thread_number(a), a.outer * a.inner
+    while True:
+        c = take(a, me, 0, a.tasks)
+        if c >= a.tasks:
+            break
+        near = narrow(a.memory, around(a, c))
+        first, second = _sums(a, c, 0, values, near)
+        mean, m2 = settled(a, c, np.float64(near), first, second)
+        keep_statistics(a, c, mean, m2)
+        _write(a, c, 0, values, scratch)
+
+
+def _backward(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    scratch, me, values = scratch_for(a.activation, a.memory, _RUN), thread_number(a), a.outer * a.inner
+    while True:
+        c = take(a, me, 0, a.tasks)
+        if c >= a.tasks:
+            break
+        first, second = _pulls(a, c, 0, values, scratch)
+        keep_gradients(a, c, first, second)
+        _spread(a, c, 0, values, scratch)
+
+
+def _forward_in_parts(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    me = thread_number(a)
+    _measure_all(a, me)
+    wait_for_all(a)
+    gather_statistics(a, me, 1)
+    wait_for_all(a)
+    _normalize_all(a, me, 2, scratch_for(a.activation, a.memory, _RUN))
+
+
+def _backward_in_parts(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    scratch, me = scratch_for(a.activation, a.memory, _RUN), thread_number(a)
+    _reduce_all(a, me, scratch)
+    wait_for_all(a)
+    gather_gradients(a, me, 1)
+    wait_for_all(a)
+    _spread_all(a, me, 2, scratch)
+
+
+def _measure(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    _measure_all(a, thread_number(a))
+
+
+def _normalize(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    _normalize_all(a, thread_number(a), 0, scratch_for(a.activation, a.memory, _RUN))
+
+
+def _reduce(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    _reduce_all(a, thread_number(a), scratch_for(a.activation, a.memory, _RUN))
+
+
+def _gradient(pointer):  # pragma: no cover
+    widest_vectors()
+    a = carray(pointer, 1)[0]
+    _spread_all(a, thread_number(a), 0, scratch_for(a.activation, a.memory, _RUN))
+
+
+def _gather_statistics(pointer):  # pragma: no cover
+    a = carray(pointer, 1)[0]
+    gather_statistics(a, thread_number(a), 0)
+
+
+def _gather_gradients(pointer):  # pragma: no cover
+    a = carray(pointer, 1)[0]
+    gather_gradients(a, thread_number(a), 0)
+
+
 forward, backward = Kernel(_forward), Kernel(_backward)
-measure, gather_statistics, normalize = Kernel(_measure), Kernel(_gather_statistics), Kernel(_normalize)
-reduce, gather_gradients, gradient = Kernel(_reduce), Kernel(_gather_gradients), Kernel(_gradient)
+forward_in_parts, backward_in_parts = Kernel(_forward_in_parts), Kernel(_backward_in_parts)
+measure, normalize = Kernel(_measure), Kernel(_normalize)
+reduce, gradient = Kernel(_reduce), Kernel(_gradient)
+gathered_statistics, gathered_gradients = Kernel(_gather_statistics), Kernel(_gather_gradients)
