@@ -121,13 +121,14 @@ class BatchNorm(Stateful):
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Normalises `input`; in training mode also hands its statistics on to be committed. See the class."""
-        if is_proxy(input) or is_proxy(residual) or is_proxy(mask) or is_proxy(sample_weight):
-            return leaf_call(self, input, residual=residual, mask=mask, sample_weight=sample_weight)
-        plain = mask is None and sample_weight is None and not torch.compiler.is_compiling()  # which guards what it reads
+        # (A compiler would guard that there is no shortcut, and compile again once an eager step has laid one.)
+        plain = mask is None and sample_weight is None and not torch.compiler.is_compiling()
         if plain and self.shortcut is not None:
             y = take_shortcut(self, input, residual)
             if y is not None:
                 return y
+        if is_proxy(input) or is_proxy(residual) or is_proxy(mask) or is_proxy(sample_weight):
+            return leaf_call(self, input, residual=residual, mask=mask, sample_weight=sample_weight)
         self._check_input_dim(input)
         layout = layout_of(input, self.channel_dim)
         if layout.channels != self.num_features:

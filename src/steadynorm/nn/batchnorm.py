@@ -15,8 +15,8 @@ class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
         evaluation    the same with the running statistics r: one example alone gets what it gets in any batch
 
     A subclass of `torch.nn.BatchNorm1d` with its arguments and its state_dict, so that optimisers, checkpoints and
-    `isinstance` checks go on working. Statistics are taken in float64; the running ones stay in float32 at least, also
-    after `.half()`; a batch whose statistics are not finite is counted (`rejected_batches`) and not committed.
+    `isinstance` checks go on working. Statistics are as exact as in float64; running ones stay in float32 at least,
+    also after `.half()`; a batch whose statistics are not finite is counted (`rejected_batches`) and not committed.
 
     Args:
         num_features: C.

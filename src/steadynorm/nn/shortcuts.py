@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.ops import reference
-from steadynorm.ops.backends import backend_for, only_reference
+from steadynorm.ops.backends import backend_for, committing, only_reference
 from steadynorm.ops.commit import recomputing
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Operands, Statistics, Train
@@ -35,6 +35,7 @@ def _is_plain(layer: "BatchNorm") -> bool:
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore
         and torch.autograd.forward_ad._current_level < 0  # pyright: ignore
+        and torch._C._get_tracing_state() is None  # pyright: ignore
         and torch._C._len_torch_dispatch_stack() == 0  # pyright: ignore
     )
 
@@ -50,10 +51,10 @@ def take_shortcut(layer: "BatchNorm", x: Tensor, residual: Tensor | None) -> Ten
         return None
     weight, bias, mean = parameters["weight"], parameters["bias"], buffers["running_mean"]
     if (
-        shortcut.activation != layer.activation
+        not shortcut.fits(x, weight, bias, residual)
+        or (shortcut.activation is not layer.activation and shortcut.activation != layer.activation)
         or shortcut.spec.eps != layer.eps
         or shortcut.spec.layout.dim != layer.channel_dim % x.dim()
-        or not shortcut.fits(x, weight, bias, residual)
     ):
         return None
     if mean is not None and not layer.staleness.settled:
@@ -67,17 +68,16 @@ def take_shortcut(layer: "BatchNorm", x: Tensor, residual: Tensor | None) -> Ten
 def _remember(layer: "BatchNorm", mean: Tensor, table: Tensor) -> Tensor | bool:
     buffers = layer.__dict__["_buffers"]
     var = buffers["running_var"]
-    from steadynorm.ops.cpu.committing import commit, committable  # loaded long since: a shortcut has been laid
-
+    kernels = committing()
     if (
         "remember" in layer.__dict__
         or var is None
-        or not committable(mean, var, buffers["num_batches_tracked"], table, layer.momentum)
+        or not kernels.committable(mean, var, buffers["num_batches_tracked"], table, layer.momentum)
     ):
         return layer.remember(layer, None, Statistics(*table.unbind()), False)
     if recomputing():
         return False
-    return commit(
+    return kernels.commit(
         mean, var, buffers["num_batches_tracked"], buffers["_rejected"], table, layer.momentum, weighted=False
     )
 

@@ -125,9 +125,10 @@ def differentiable_backward(
 
 
 def composite_is_needed() -> bool:
-    """Whether this runs where an `autograd.Function` is not welcome: a graph being compiled, torch.func, forward AD."""
+    """Whether this runs where an `autograd.Function` is not welcome: a graph being made, torch.func, forward AD."""
     return (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # pyright: ignore
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
         or torch.autograd.forward_ad._current_level >= 0  # pyright: ignore
     )

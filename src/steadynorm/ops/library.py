@@ -23,7 +23,6 @@ from steadynorm.ops.reference import Operands, Statistics, Train
 __all__ = ["is_needed", "measure", "train"]
 
 _Tensors = tuple[Tensor, ...]
-_Setting = int | float | str | list[float] | None
 
 
 def is_needed(operands: Operands) -> bool:

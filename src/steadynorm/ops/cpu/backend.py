@@ -75,7 +75,7 @@ def _plan(
     x = torch.empty_strided(shape, strides, dtype=dtypes[0], device="meta")
     memory, affine, added, weights = ("" if dtype is None else KINDS[dtype] for dtype in dtypes)
     read = geometry(x, spec.layout, threads, bool(weights) or masked)
-    activation, numbers = _bends(spec.activation)
+    activation, numbers = way_of(spec.activation)
     template = Call(
         outer=read.outer,
         channels=spec.layout.channels,
@@ -93,7 +93,7 @@ def _plan(
     )
 
 
-def _bends(activation: Activation | None) -> tuple[str, dict[str, float]]:
+def way_of(activation: Activation | None) -> tuple[str, dict[str, float]]:
     """How a kernel computes an activation: the kind it is compiled for, and its numbers."""
     if activation is None:
         return "", {}

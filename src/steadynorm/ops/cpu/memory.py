@@ -158,12 +158,32 @@ def _bitcast(to):
 _as_float32, _as_uint32 = _bitcast(types.float32), _bitcast(types.uint32)
 
 
-@compiled
-def _to_bfloat16(value):  # pragma: no cover
-    bits = _as_uint32(np.float32(value))
-    rounded = np.uint32((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-    nan = np.uint32(bits & 0x7FFFFFFF) > np.uint32(0x7F800000)
-    return np.uint16((bits >> 16) | 0x40) if nan else np.uint16(rounded)
+@intrinsic
+def _from_bfloat16(typingctx, bits):  # pragma: no cover
+    """The float32 whose upper half these 16 bits are."""
+
+    def generate(context, builder, signature, arguments):
+        whole = ir.IntType(32)
+        wide = builder.shl(builder.zext(arguments[0], whole), whole(16))
+        return builder.bitcast(wide, ir.FloatType())
+
+    return types.float32(types.uint16), generate
+
+
+@intrinsic
+def _to_bfloat16(typingctx, value):  # pragma: no cover
+    """The upper half of a float32, rounded to nearest, ties to even. (Numba's own integers would widen to 64 bits.)"""
+
+    def generate(context, builder, signature, arguments):
+        whole = ir.IntType(32)
+        bits = builder.bitcast(arguments[0], whole)
+        upper = builder.lshr(bits, whole(16))
+        tie = builder.add(builder.and_(upper, whole(1)), whole(0x7FFF))
+        rounded = builder.lshr(builder.add(bits, tie), whole(16))
+        nan = builder.fcmp_unordered("uno", arguments[0], arguments[0])
+        return builder.trunc(builder.select(nan, builder.or_(upper, whole(0x40)), rounded), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
 
 
 @compiled
@@ -266,7 +286,7 @@ def _load(array, i):
     if array.dtype == ABSENT:
         return lambda array, i: np.float32(0)
     if array.dtype == _BFLOAT16:
-        return lambda array, i: _as_float32(np.uint32(np.uint32(array[i]) << 16))
+        return lambda array, i: _from_bfloat16(array[i])
     if array.dtype == _FLOAT16:
         return lambda array, i: _from_float16(array[i])
     return lambda array, i: array[i]
@@ -277,7 +297,7 @@ def _store(array, i, value):
     if array.dtype == _BFLOAT16:
 
         def to_bfloat16(array, i, value):
-            array[i] = _to_bfloat16(value)
+            array[i] = _to_bfloat16(np.float32(value))
 
         return to_bfloat16
     if array.dtype == _FLOAT16:
