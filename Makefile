@@ -14,7 +14,7 @@ TORCH := 2.13.0
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test doctest lint types docs install lock clean
+.PHONY: help demo test bench doctest lint types docs install lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "make %-9s %s\n", $$1, $$2 }'
@@ -25,6 +25,11 @@ demo: $(VENV)/.installed-runtime ## train one network with and without batch nor
 
 test: $(VENV)/.installed-test ## run every test and doctest, with coverage
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist loadgroup --cov --cov-report=term
+
+bench: $(VENV)/.installed-runtime $(VENV)/.installed-docs ## measure speed on an idle machine (half an hour) and write the tables
+	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/training_steps.py
+	$(BIN)/python benchmarks/cpu_table.py
 
 doctest: $(VENV)/.installed-test ## run the docstrings' examples alone (`make test` runs them too)
 	$(BIN)/pytest src

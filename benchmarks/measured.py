@@ -8,8 +8,8 @@
 
 Copies each folder's `results.json` (less the curves) to docs/measured/, and writes the tables between the marks
 `<!-- measured -->` and `<!-- /measured -->` of README.md, docs/learn/claims.md and docs/guides/small-batches.md anew.
-Without folders it only does the latter, from what docs/measured/ holds. A test checks that the pages say what the files
-do.
+Without folders it only does the latter, from what docs/measured/ holds. Then it writes the tables of cpu_table.py.
+A test checks that the pages say what the files do.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import cpu_table
 from steadynorm.report.schema import INITS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,6 +156,7 @@ def main() -> None:
         kept = {key: value for key, value in results.items() if key not in _BULKY}
         (MEASURED / f"{results['model']['name']}.json").write_text(json.dumps(kept, separators=(",", ":")) + "\n")
     write_pages()
+    cpu_table.write_pages()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import steadynorm
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 HEAVY = {
-    *("numba", "triton", "sklearn", "scipy", "pandas", "plotly", "duckdb"),
+    *("numba", "llvmlite", "triton", "sklearn", "scipy", "pandas", "plotly", "duckdb"),
     *("rich", "typer", "jinja2", "joblib", "PIL", "safetensors", "matplotlib", "pyarrow", "IPython"),
 }
 PUBLIC = [
@@ -54,10 +54,21 @@ def run_python(code: str) -> str:
     return result.stdout
 
 
-def test_import_loads_nothing_heavy_beyond_torch():
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import steadynorm",
+        # Layers of all kinds, built, converted and copied: kernels come with the first forward.
+        "import steadynorm as sn, copy; layers = [copy.deepcopy(layer(3, activation='relu').double()).eval()"
+        " for layer in (sn.BatchNorm1d, sn.BatchNorm2d, sn.BatchNorm3d)]; layers[0].load_state_dict(sn.BatchNorm1d(3)"
+        ".state_dict())",
+    ],
+    ids=["import", "layers"],
+)
+def test_nothing_heavy_is_loaded_beyond_torch(code: str):
     loaded = json.loads(
         run_python(
-            "import sys, json, torch; before = set(sys.modules); import steadynorm;"
+            f"import sys, json, torch; before = set(sys.modules); {code};"
             "print(json.dumps(sorted(set(sys.modules) - before)))"
         )
     )

@@ -164,7 +164,9 @@ class TestDerivatives:
             second = grad([first[0], first[1]], inputs, [rand(8, 3, seed=5), rand(3, 3, seed=6)], allow_unused=True)
             found.append([t for t in (*first, *second) if t is not None])
             assert model[1].num_batches_tracked.item() == 1
-        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        # A selective checkpoint sees the step as one op, whose second derivative takes another way: equal to rounding.
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
     def test_backward_twice_through_one_forward(self):
         model, x = block(renorm=RENORM), X.clone().requires_grad_()

@@ -124,9 +124,10 @@ class BatchNorm(Stateful):
         # (A compiler would guard that there is no shortcut, and compile again once an eager step has laid one.)
         plain = mask is None and sample_weight is None and not torch.compiler.is_compiling()
         if plain and self.shortcut is not None:
-            y = take_shortcut(self, input, residual)
-            if y is not None:
-                return y
+            taken = take_shortcut(self, input, residual)
+            if taken is not None:
+                self.note(taken[1])
+                return taken[0]
         if is_proxy(input) or is_proxy(residual) or is_proxy(mask) or is_proxy(sample_weight):
             return leaf_call(self, input, residual=residual, mask=mask, sample_weight=sample_weight)
         self._check_input_dim(input)
@@ -155,9 +156,10 @@ class BatchNorm(Stateful):
             if exported is not None:
                 return exported
         if plain and by_batch:
-            y = lay_shortcut(self, Operands(input, weight, bias, residual), layout, settings)
-            if y is not None:
-                return y
+            taken = lay_shortcut(self, Operands(input, weight, bias, residual), layout, settings)
+            if taken is not None:
+                self.note(taken[1])
+                return taken[0]
         y, statistics = run(
             input, None if running is None else running.mean, None if running is None else running.var,
             weight, bias, by_batch, residual, mask, sample_weight, layout, settings,

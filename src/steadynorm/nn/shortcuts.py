@@ -40,8 +40,12 @@ def _is_plain(layer: "BatchNorm") -> bool:
     )
 
 
-def take_shortcut(layer: "BatchNorm", x: Tensor, residual: Tensor | None) -> Tensor | None:
-    """The whole step, where the shortcut that the layer has fits; else None, and nothing is done."""
+def take_shortcut(layer: "BatchNorm", x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | bool] | None:
+    """The whole step, where the shortcut that the layer has fits; else None, and nothing is done.
+
+    Returns:
+        y, and whether the batch was refused by the running statistics.
+    """
     shortcut = layer.shortcut
     if shortcut is None or not shortcut.at_once or not _is_plain(layer):
         return None
@@ -60,9 +64,7 @@ def take_shortcut(layer: "BatchNorm", x: Tensor, residual: Tensor | None) -> Ten
     if mean is not None and not layer.staleness.settled:
         layer.staleness.look(weight, mean, evaluating=False)
     y, table = shortcut.step(x, weight, bias, residual)
-    if mean is not None:
-        layer.note(_remember(layer, mean, table))
-    return y
+    return y, mean is not None and _remember(layer, mean, table)
 
 
 def _remember(layer: "BatchNorm", mean: Tensor, table: Tensor) -> Tensor | bool:
@@ -82,7 +84,9 @@ def _remember(layer: "BatchNorm", mean: Tensor, table: Tensor) -> Tensor | bool:
     )
 
 
-def lay_shortcut(layer: "BatchNorm", operands: Operands, layout: Layout, settings: Settings) -> Tensor | None:
+def lay_shortcut(
+    layer: "BatchNorm", operands: Operands, layout: Layout, settings: Settings
+) -> tuple[Tensor, Tensor | bool] | None:
     """Lays a shortcut for this step and those like it, where there is one, and takes it at once.
 
     The first step must go the same way as those after it: activation checkpointing compares what a forward saves with

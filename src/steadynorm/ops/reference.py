@@ -47,7 +47,7 @@ class Statistics(NamedTuple):
 
 def reciprocal_count(statistics: Statistics, position_weight: Tensor | None, spec: "Train") -> Tensor | float:
     """1 / n, and 0 for n = 0: a plain number where n is known from the shape alone."""
-    if position_weight is None and spec.group is None:
+    if position_weight is None and spec.group is None and not spec.constant:
         return 1 / spec.layout.count if spec.layout.count else 0.0
     n = statistics.count
     return torch.where(n > 0, 1 / torch.where(n > 0, n, 1.0), 0.0)

@@ -91,9 +91,14 @@ def _sums(a, c, start, stop, around):  # pragma: no cover
 
 
 @compiled
-def _of_channel(a, c, for_backward):  # pragma: no cover
+def _rooms(a):  # pragma: no cover
+    """Scratch of a thread: what a smooth activation needs, and three numbers of a channel."""
+    return scratch_for(a.activation, a.memory, _RUN), np.empty(2 * LONGEST + 1)
+
+
+@compiled
+def _of_channel(a, c, numbers, for_backward):  # pragma: no cover
     """A channel's three constants, or its three coefficients, in the dtype that computes."""
-    numbers = np.empty(2 * LONGEST + 1)
     if for_backward:
         coefficients(a, c, 1, numbers)
     else:
@@ -102,10 +107,10 @@ def _of_channel(a, c, for_backward):  # pragma: no cover
 
 
 @compiled
-def _write(a, c, start, stop, scratch):  # pragma: no cover
+def _write(a, c, start, stop, scratch, numbers):  # pragma: no cover
     """y = f((x - centre) scale + shift + residual), 0 where not valid."""
     widest_vectors()
-    centre, scale, shift = _of_channel(a, c, False)
+    centre, scale, shift = _of_channel(a, c, numbers, False)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
     size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
     x, y = array_at(a.x, size, a.memory), array_at(a.y, size, a.memory)
@@ -131,10 +136,10 @@ def _write(a, c, start, stop, scratch):  # pragma: no cover
 
 
 @compiled
-def _pulls(a, c, start, stop, scratch):  # pragma: no cover
+def _pulls(a, c, start, stop, scratch, numbers):  # pragma: no cover
     """Σ g and Σ g d with g = dL/dy f'(z) and d = x - centre; g itself is written where a residual wants it."""
     widest_vectors()
-    centre, scale, shift = _of_channel(a, c, False)
+    centre, scale, shift = _of_channel(a, c, numbers, False)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
     size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
     x, grad_y = array_at(a.x, size, a.memory), array_at(a.grad_y, size, a.memory)
@@ -169,11 +174,11 @@ def _pulls(a, c, start, stop, scratch):  # pragma: no cover
 
 
 @compiled
-def _spread(a, c, start, stop, scratch):  # pragma: no cover
+def _spread(a, c, start, stop, scratch, numbers):  # pragma: no cover
     """dx = ac (g - w (k1 d + k0)), and g for the residual; both 0 where not valid."""
     widest_vectors()
-    centre, scale, shift = _of_channel(a, c, False)
-    ac, k1, k0 = _of_channel(a, c, True)
+    centre, scale, shift = _of_channel(a, c, numbers, False)
+    ac, k1, k0 = _of_channel(a, c, numbers, True)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
     size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
     x, grad_y, grad_x = (
@@ -239,42 +244,43 @@ def _measure_all(a, me):  # pragma: no cover
 
 
 @compiled
-def _normalize_all(a, me, phase, scratch):  # pragma: no cover
+def _normalize_all(a, me, phase, scratch, numbers):  # pragma: no cover
     while True:
         task = take(a, me, phase, a.tasks)
         if task >= a.tasks:
             break
         c, _, start, stop = _part(a, task)
-        _write(a, c, start, stop, scratch)
+        _write(a, c, start, stop, scratch, numbers)
 
 
 @compiled
-def _reduce_all(a, me, scratch):  # pragma: no cover
+def _reduce_all(a, me, scratch, numbers):  # pragma: no cover
     partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
     while True:
         task = take(a, me, 0, a.tasks)
         if task >= a.tasks:
             break
         c, part, start, stop = _part(a, task)
-        first, second = _pulls(a, c, start, stop, scratch)
+        first, second = _pulls(a, c, start, stop, scratch, numbers)
         partial[part * a.channels + c] = first
         partial[(a.parts + part) * a.channels + c] = second
 
 
 @compiled
-def _spread_all(a, me, phase, scratch):  # pragma: no cover
+def _spread_all(a, me, phase, scratch, numbers):  # pragma: no cover
     while True:
         task = take(a, me, phase, a.tasks)
         if task >= a.tasks:
             break
         c, _, start, stop = _part(a, task)
-        _spread(a, c, start, stop, scratch)
+        _spread(a, c, start, stop, scratch, numbers)
 
 
 def _forward(pointer):  # pragma: no cover
     widest_vectors()
     a = carray(pointer, 1)[0]
-    scratch, me, values = scratch_for(a.activation, a.memory, _RUN), thread_number(a), a.outer * a.inner
+    scratch, numbers = _rooms(a)
+    me, values = thread_number(a), a.outer * a.inner
     while True:
         c = take(a, me, 0, a.tasks)
         if c >= a.tasks:
@@ -283,20 +289,21 @@ def _forward(pointer):  # pragma: no cover
         first, second = _sums(a, c, 0, values, near)
         mean, m2 = settled(a, c, np.float64(near), first, second)
         keep_statistics(a, c, mean, m2)
-        _write(a, c, 0, values, scratch)
+        _write(a, c, 0, values, scratch, numbers)
 
 
 def _backward(pointer):  # pragma: no cover
     widest_vectors()
     a = carray(pointer, 1)[0]
-    scratch, me, values = scratch_for(a.activation, a.memory, _RUN), thread_number(a), a.outer * a.inner
+    scratch, numbers = _rooms(a)
+    me, values = thread_number(a), a.outer * a.inner
     while True:
         c = take(a, me, 0, a.tasks)
         if c >= a.tasks:
             break
-        first, second = _pulls(a, c, 0, values, scratch)
+        first, second = _pulls(a, c, 0, values, scratch, numbers)
         keep_gradients(a, c, first, second)
-        _spread(a, c, 0, values, scratch)
+        _spread(a, c, 0, values, scratch, numbers)
 
 
 def _forward_in_parts(pointer):  # pragma: no cover
@@ -307,18 +314,20 @@ def _forward_in_parts(pointer):  # pragma: no cover
     wait_for_all(a)
     gather_statistics(a, me, 1)
     wait_for_all(a)
-    _normalize_all(a, me, 2, scratch_for(a.activation, a.memory, _RUN))
+    scratch, numbers = _rooms(a)
+    _normalize_all(a, me, 2, scratch, numbers)
 
 
 def _backward_in_parts(pointer):  # pragma: no cover
     widest_vectors()
     a = carray(pointer, 1)[0]
-    scratch, me = scratch_for(a.activation, a.memory, _RUN), thread_number(a)
-    _reduce_all(a, me, scratch)
+    scratch, numbers = _rooms(a)
+    me = thread_number(a)
+    _reduce_all(a, me, scratch, numbers)
     wait_for_all(a)
     gather_gradients(a, me, 1)
     wait_for_all(a)
-    _spread_all(a, me, 2, scratch)
+    _spread_all(a, me, 2, scratch, numbers)
 
 
 def _measure(pointer):  # pragma: no cover
@@ -330,19 +339,22 @@ def _measure(pointer):  # pragma: no cover
 def _normalize(pointer):  # pragma: no cover
     widest_vectors()
     a = carray(pointer, 1)[0]
-    _normalize_all(a, thread_number(a), 0, scratch_for(a.activation, a.memory, _RUN))
+    scratch, numbers = _rooms(a)
+    _normalize_all(a, thread_number(a), 0, scratch, numbers)
 
 
 def _reduce(pointer):  # pragma: no cover
     widest_vectors()
     a = carray(pointer, 1)[0]
-    _reduce_all(a, thread_number(a), scratch_for(a.activation, a.memory, _RUN))
+    scratch, numbers = _rooms(a)
+    _reduce_all(a, thread_number(a), scratch, numbers)
 
 
 def _gradient(pointer):  # pragma: no cover
     widest_vectors()
     a = carray(pointer, 1)[0]
-    _spread_all(a, thread_number(a), 0, scratch_for(a.activation, a.memory, _RUN))
+    scratch, numbers = _rooms(a)
+    _spread_all(a, thread_number(a), 0, scratch, numbers)
 
 
 def _gather_statistics(pointer):  # pragma: no cover

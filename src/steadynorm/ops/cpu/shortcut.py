@@ -41,7 +41,11 @@ class Shortcut:
         plan = plan_for(operands, spec)
         self.threads, self.tasks = plan.threads, plan.geometry.chunks * plan.geometry.parts
         read = plan.geometry
-        self.forward, self.backward = forward_of(read).bind(plan.kinds), backward_of(read).bind(plan.kinds)
+        self.forward = forward_of(read).bind(plan.kinds)
+        # What is added last has the output's own gradient: its values are needed only to differentiate an activation.
+        self.keeps_residual = residual is not None and spec.activation is not None
+        kinds = plan.kinds if self.keeps_residual else plan.kinds._replace(added="")
+        self.backward = backward_of(read).bind(kinds)
         self.call, self.at_once = plan.template, read.parts == 1 or plan.at_once
         self.partial = partial_size(read, spec, at_once=True)
         self.empty_like = empty_like if is_large(x) else torch.empty_like
@@ -100,9 +104,7 @@ class _Step(torch.autograd.Function):
             call.partial = partial.data_ptr()
         shortcut.forward(call, shortcut.threads)
         ctx.shortcut = shortcut
-        # What is added last has the output's own gradient: its values are needed only to differentiate an activation.
-        kept = residual if shortcut.activation is not None else None
-        ctx.save_for_backward(x, weight, bias, kept, table)
+        ctx.save_for_backward(x, weight, bias, residual if shortcut.keeps_residual else None, table)
         return y
 
     @staticmethod
@@ -131,7 +133,7 @@ class _Step(torch.autograd.Function):
             partial = torch.empty(shortcut.partial, dtype=torch.float64)
             call.partial = partial.data_ptr()
         shortcut.backward(call, shortcut.threads)
-        if shortcut.residual is not None and shortcut.activation is None:
+        if shortcut.residual is not None and not shortcut.keeps_residual:
             grad_residual = grad_y.to(shortcut.residual)
         return grad_x, grad_weight, grad_bias, grad_residual, None, None
 
@@ -146,6 +148,6 @@ def _the_long_way(shortcut: Shortcut, grad_y: Tensor, operands: Operands, table:
         found = differentiable_backward((grad_y, None, None), operands, shortcut.spec)
     else:
         found = backward(grad_y, None, None, operands, Statistics(*table.unbind()), shortcut.spec)
-    if shortcut.residual is not None and shortcut.activation is None:
+    if shortcut.residual is not None and not shortcut.keeps_residual:
         found = found._replace(residual=grad_y.to(shortcut.residual))
     return *found, None, None
