@@ -34,7 +34,7 @@ import torch.distributed as dist
 __all__ = ["Outcome", "RankError", "launch", "run"]
 
 SIZE = 4
-PATIENCE = 60.0  # seconds for one body
+PATIENCE = 180.0  # seconds for one body, which may have kernels to compile on a busy machine
 GRACE = 3.0  # seconds for the other ranks once one has failed
 
 

@@ -51,16 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="fused (default: none relu)",
     )
     chosen = parser.parse_args(arguments)
-    ways = {way_of(None if name == "none" else activations.Activation(name))[0] for name in chosen.activation}
+    fused = [None if name == "none" else activations.Activation(name) for name in chosen.activation]
     started, kernels = time.perf_counter(), 0
-    for dtype, way, residual, module in product(chosen.dtype, sorted(ways), (False, True), (planes, column_kernels)):
+    ways = {(dtype, way_of(f, getattr(torch, dtype), weighted=False)[0]) for dtype, f in product(chosen.dtype, fused)}
+    for (dtype, way), residual, module in product(sorted(ways), (False, True), (planes, column_kernels)):
         memory = KINDS[getattr(torch, dtype)]
-        kinds = Kinds(
-            memory,
-            "float32" if dtype in ("bfloat16", "float16") else memory,
-            memory if residual else "",
-            activation=way,
-        )
+        kinds = Kinds(memory, memory if residual else "", activation=way)
         for kernel in (module.forward, module.backward, module.forward_in_parts, module.backward_in_parts):
             if sys.stderr.isatty():
                 print(f"\r{kernels + 1} kernels, {dtype}", end="", file=sys.stderr, flush=True)  # noqa: T201

@@ -69,19 +69,17 @@ def take_shortcut(layer: "BatchNorm", x: Tensor, residual: Tensor | None) -> tup
 
 def _remember(layer: "BatchNorm", mean: Tensor, table: Tensor) -> Tensor | bool:
     buffers = layer.__dict__["_buffers"]
-    var = buffers["running_var"]
+    var, tracked, rejected = buffers["running_var"], buffers["num_batches_tracked"], buffers["_rejected"]
     kernels = committing()
     if (
         "remember" in layer.__dict__
         or var is None
-        or not kernels.committable(mean, var, buffers["num_batches_tracked"], table, layer.momentum)
+        or not kernels.committable(mean, var, tracked, rejected, table, layer.momentum)
     ):
         return layer.remember(layer, None, Statistics(*table.unbind()), False)
     if recomputing():
         return False
-    return kernels.commit(
-        mean, var, buffers["num_batches_tracked"], buffers["_rejected"], table, layer.momentum, weighted=False
-    )
+    return kernels.commit(mean, var, tracked, rejected, table, layer.momentum, weighted=False)
 
 
 def lay_shortcut(
@@ -94,14 +92,13 @@ def lay_shortcut(
     """
     layer.shortcut = None
     x, weight, bias, residual, _, _ = operands
-    plain = _is_plain(layer) and x.device.type == "cpu" and backend_for(operands) is not reference
-    if not plain or (weight is not None and bias is not None and weight.dtype != bias.dtype):
+    if not _is_plain(layer) or x.device.type != "cpu" or backend_for(operands) is reference:
         return None
-    from steadynorm.ops.cpu.geometry import dense
     from steadynorm.ops.cpu.shortcut import Shortcut
 
-    check_fit(x, layout, None, None, weight, bias, residual)
-    if not dense(x) or not settings.eps >= 0:
+    buffers = layer.__dict__["_buffers"]
+    check_fit(x, layout, buffers["running_mean"], buffers["running_var"], weight, bias, residual)
+    if not Shortcut.serves(operands) or not settings.eps >= 0:
         return None
     layer.shortcut = Shortcut(operands, Train(layout, settings.eps, settings.activation))
     return take_shortcut(layer, x, residual)

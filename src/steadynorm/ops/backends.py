@@ -75,18 +75,22 @@ def backend_for(operands: Operands) -> Backend:
     if torch._C._len_torch_dispatch_stack():  # pyright: ignore (a mode looks on, and cannot see what kernels do)
         return reference
     for t in operands:
-        if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided):
+        if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided or t.is_neg()):
             return reference
     return _cpu()
 
 
 def readable(gradient: Tensor) -> bool:
-    """Whether an upstream gradient is memory: no subclass, no symbol of zeros, no batch that vmap runs over."""
+    """Whether an upstream gradient is memory: no subclass, no symbol of zeros, no batch that vmap runs over.
+
+    Nor one whose memory holds the negated values, as the imaginary part of a conjugate does.
+    """
     return (
         type(gradient) in _PLAIN
         and gradient.layout is torch.strided
         and torch._C._has_storage(gradient)  # pyright: ignore
         and not gradient._is_zerotensor()  # pyright: ignore
+        and not gradient.is_neg()
     )
 
 

@@ -98,7 +98,7 @@ def test_a_kernel_is_compiled_once_however_many_threads_ask_for_it(monkeypatch):
 
     monkeypatch.setattr(kernel, "_compiled", counting)
     fresh, barrier = kernel.Kernel(lambda pointer: None), threading.Barrier(4)
-    kinds = Kinds("float32", "float32")
+    kinds = Kinds("float32")
 
     def ask(_):
         barrier.wait(timeout=60)
@@ -150,7 +150,7 @@ def test_where_torch_has_no_such_runtime(tmp_path, monkeypatch):
 
 def test_where_no_cache_folder_can_be_written_kernels_are_compiled_all_the_same(monkeypatch):
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    run_alone = kernel._runner(kernel._compiled(planes.measure.function, Kinds("float64", "float64")))
+    run_alone = kernel._runner(kernel._compiled(planes.measure.function, Kinds("float64")))
     assert callable(run_alone)
 
 
@@ -160,7 +160,7 @@ def test_other_errors_of_compiling_are_seen(monkeypatch):
 
     monkeypatch.setattr(kernel, "cfunc", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        kernel._compiled(planes.measure.function, Kinds("float64", "float64"))
+        kernel._compiled(planes.measure.function, Kinds("float64"))
 
 
 def start(code: str, **environment: str) -> subprocess.Popen:

@@ -128,7 +128,7 @@ def test_scratch_begins_with_a_line_of_the_cache(kind, computes):
 def taker():
     """`take` for callers in Python: writes the tasks of a phase that a thread is given to `out`; returns how many."""
     # A cfunc, which lets go of the GIL when ctypes calls it.
-    struct = types.CPointer(record(Kinds("float32", "float32")))
+    struct = types.CPointer(record(Kinds("float32")))
 
     @cfunc(types.int64(struct, types.int64, types.int64, types.CPointer(types.int64)))
     def take_all(pointer, me, phase, out):

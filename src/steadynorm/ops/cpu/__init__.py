@@ -5,6 +5,9 @@ call.py        the struct that a kernel is called with; kernel.py: compiles kern
 geometry.py    how a tensor's memory is read, and how it is cut into tasks
 channel.py     per channel: statistics settled, constants, coefficients
 planes.py      kernels where a channel's values are neighbours; columns.py: where they lie apart
-bending.py     the activation within a loop; smooth.py, elementary.py: those that are not straight lines
+bending.py     the activation within a loop; smooth.py, elementary.py: those that are not straight lines; bits.py: what
+               is kept of one after a residual
 backend.py     the reference's functions by these kernels; pages.py: memory for what they return
+shortcut.py    a layer's shortest way to the kernels; committing.py: its running statistics
+turns.py       lets one of several processes compile a kernel for all
 """

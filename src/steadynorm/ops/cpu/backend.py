@@ -23,8 +23,9 @@ from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
 
 __all__ = ["backward", "measure", "normalize_by", "plan_for", "train"]
 
-_INFINITY: Final = float("inf")
+_UNCAPPED: Final = float("nan")
 _COUNTERS: Final = 8 * (PHASES * THREADS + 1)
+_FREQUENT: Final = (torch.float32, torch.bfloat16)
 
 
 class Plan(NamedTuple):
@@ -46,12 +47,10 @@ class Plan(NamedTuple):
 
 
 def plan_for(operands: Operands, spec: Train) -> Plan:
-    """How a step is computed. x must be dense; weight and bias of one dtype."""
-    x, weight, bias, residual, position_weight, valid = operands
-    affine = weight if weight is not None else bias
+    """How a step is computed. x must be dense, the residual in its dtype or the one that computes."""
+    x, _, _, residual, position_weight, valid = operands
     dtypes = (
         x.dtype,
-        torch.float32 if affine is None else affine.dtype,
         None if residual is None else residual.dtype,
         None if position_weight is None else computing_dtype(x),
     )
@@ -73,9 +72,10 @@ def _plan(
     threads: int,
 ) -> Plan:
     x = torch.empty_strided(shape, strides, dtype=dtypes[0], device="meta")
-    memory, affine, added, weights = ("" if dtype is None else KINDS[dtype] for dtype in dtypes)
-    read = geometry(x, spec.layout, threads, bool(weights) or masked)
-    activation, numbers = way_of(spec.activation)
+    memory, added, weights = ("" if dtype is None else KINDS[dtype] for dtype in dtypes)
+    weighted = bool(weights) or masked
+    read = geometry(x, spec.layout, threads, weighted)
+    activation, numbers = way_of(spec.activation, x.dtype, weighted)
     template = Call(
         outer=read.outer,
         channels=spec.layout.channels,
@@ -88,20 +88,22 @@ def _plan(
         **numbers,
     )
     at_once = threads == 1 or openmp() is not None
-    return Plan(
-        read, Kinds(memory, affine, added, weights, "uint8" if masked else "", activation), threads, template, at_once
-    )
+    return Plan(read, Kinds(memory, added, weights, "uint8" if masked else "", activation), threads, template, at_once)
 
 
-def way_of(activation: Activation | None) -> tuple[str, dict[str, float]]:
-    """How a kernel computes an activation: the kind it is compiled for, and its numbers."""
+def way_of(activation: Activation | None, dtype: torch.dtype, weighted: bool) -> tuple[str, dict[str, float]]:
+    """How a kernel computes an activation: the kind it is compiled for, and its numbers.
+
+    None and ReLU have kernels of their own only where they are frequent: it takes seconds to compile one.
+    """
+    frequent = dtype in _FREQUENT and not weighted
     if activation is None:
-        return "", {}
+        return ("", {}) if frequent else (BENT, {"slope": 1.0, "cap": _UNCAPPED})
     match activation.name:
         case "relu":
-            return RELU, {}
+            return (RELU, {}) if frequent else (BENT, {"slope": 0.0, "cap": _UNCAPPED})
         case "leaky_relu":
-            return BENT, {"slope": activation.params[0], "cap": _INFINITY}
+            return BENT, {"slope": activation.params[0], "cap": _UNCAPPED}
         case "relu6":
             return BENT, {"slope": 0.0, "cap": 6.0}
         case _:
@@ -139,9 +141,9 @@ class _Step:
         if not dense(x):
             x = x.clone()
         self.x, self.spec = x, spec
-        self.weight, self.bias = _alike(weight, bias)
-        self.residual = None if residual is None else like(residual, x)
-        self.plan = plan_for(operands._replace(x=x, weight=self.weight, bias=self.bias), spec)
+        self.weight, self.bias = (None if t is None else _readable_by_channel(t, x) for t in (weight, bias))
+        self.residual = None if residual is None else like(addend(residual, x), x)
+        self.plan = plan_for(operands._replace(x=x, residual=self.residual), spec)
         order, dim = self.plan.geometry.order, spec.layout.dim
         self.call = call = Call.from_buffer_copy(self.plan.template)
         call.x = x.data_ptr()
@@ -170,12 +172,7 @@ class _Step:
         ctypes.memset(ctypes.addressof(self.call), 0, _COUNTERS)
         channels, kinds = self.spec.layout.channels, self.plan.kinds
         self.call.tasks = channels
-        # It sees neither residual nor mask nor activation: one compiled for these few serves all others.
-        kernel(
-            self.call,
-            Kinds(kinds.memory, kinds.affine, weights=kinds.weights),
-            threads_for(2 * channels * self.call.parts),
-        )
+        kernel(self.call, kinds, threads_for(2 * channels * self.call.parts))
 
     def measure(self, table: Tensor) -> None:
         """Writes the statistics to `table`."""
@@ -213,14 +210,14 @@ def like(t: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
-def _alike(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """γ and β as kernels read them, contiguous and of one dtype."""
-    dtypes = {t.dtype for t in (weight, bias) if t is not None}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float64
-    if dtype not in KINDS:
-        dtype = torch.float64
-    weight, bias = (None if t is None else t.detach().to(dtype).contiguous() for t in (weight, bias))
-    return weight, bias
+def addend(residual: Tensor, x: Tensor) -> Tensor:
+    """`residual` in a dtype that kernels read beside x: the same, or the one that computes, to which it is rounded."""
+    return residual if residual.dtype == x.dtype else residual.to(computing_dtype(x))
+
+
+def _readable_by_channel(t: Tensor, x: Tensor) -> Tensor:
+    """γ or β as kernels read them."""
+    return t.detach().to(computing_dtype(x)).contiguous()
 
 
 def measure(x: Tensor, weight: Tensor | None, layout: Layout) -> Statistics:
@@ -292,7 +289,7 @@ def backward(
         grad_x,
         None if grad_weight is None or operands.weight is None else grad_weight.to(operands.weight.dtype),
         None if grad_bias is None or operands.bias is None else grad_bias.to(operands.bias.dtype),
-        grad_residual,
+        None if grad_residual is None or operands.residual is None else grad_residual.to(operands.residual.dtype),
     )
 
 

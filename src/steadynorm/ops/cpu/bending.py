@@ -2,7 +2,9 @@
 
 none      f(z) = z
 RELU      f(z) = max(z, 0)
-BENT      f(z) = min(max(z, 0) + slope min(z, 0), cap):  leaky_relu, relu6
+BENT      f(z) = min(max(z, 0) + slope min(z, 0), cap):  leaky_relu, relu6; none and relu where kernels of their own are
+          not worth compiling; a cap of NaN caps nothing
+KEPT      as BENT; forward keeps a bit per value by which backward tells the slopes apart, see bits.py
 SMOOTH    what smooth.py computes, from and to a scratch array in L1
 """
 
@@ -13,18 +15,19 @@ SMOOTH    what smooth.py computes, from and to a scratch array in L1
 import numpy as np
 from numba import types
 
-from steadynorm.ops.cpu.call import RELU, SMOOTH
+from steadynorm.ops.cpu.bits import pack, unpack
+from steadynorm.ops.cpu.call import KEPT, RELU, SMOOTH
 from steadynorm.ops.cpu.compiling import overload
 from steadynorm.ops.cpu.memory import ABSENT, load, narrow, of_column, room
 
-__all__ = ["prepare_pulls", "prepare_values", "pull_at", "scratch_for", "value_at"]
+__all__ = ["addend_at", "keep_bits", "prepare_pulls", "prepare_values", "pull_at", "scratch_for", "value_at"]
 
 
-_RELU, _SMOOTH = getattr(types, RELU), getattr(types, SMOOTH)
+_RELU, _KEPT, _SMOOTH = getattr(types, RELU), getattr(types, KEPT), getattr(types, SMOOTH)
 
 
 def scratch_for(activation, memory, size):
-    """Room for a run, in the dtype that computes; none where no smooth activation needs it."""
+    """Room for a run, in the dtype that computes; none where neither a smooth activation nor kept bits need it."""
     raise NotImplementedError
 
 
@@ -33,13 +36,23 @@ def prepare_values(activation, a, xs, rs, scratch, centre, scale, shift):
     raise NotImplementedError
 
 
-def prepare_pulls(activation, a, xs, rs, gs, scratch, centre, scale, shift):
-    """scratch = dL/dy f'((x - centre) scale + shift + residual) of a run, for a smooth f alone."""
+def prepare_pulls(activation, a, xs, rs, gs, scratch, centre, scale, shift, word):
+    """scratch = dL/dy f'((x - centre) scale + shift + residual) of a run, for a smooth f; or whether f rises, kept."""
+    raise NotImplementedError
+
+
+def keep_bits(activation, a, scratch, n, word):
+    """Keeps whether f rises at each of the n values of a run, in `a.bits` from a word on, for KEPT alone."""
+    raise NotImplementedError
+
+
+def addend_at(activation, memory, rs, j):
+    """The residual as backward needs it to recompute z: not where f's slope was kept."""
     raise NotImplementedError
 
 
 def value_at(activation, scratch, j, z, slope, cap):
-    """f(z), or what was prepared."""
+    """f(z), or what was prepared; z is left in scratch for `keep_bits`."""
     raise NotImplementedError
 
 
@@ -54,7 +67,7 @@ def pull_at(activation, scratch, j, z, g, slope, cap):
 
 @overload(scratch_for)
 def _scratch_for(activation, memory, size):
-    if activation != _SMOOTH:
+    if activation not in (_SMOOTH, _KEPT):
         return lambda activation, memory, size: room(memory, 0)
     return lambda activation, memory, size: room(memory, size)
 
@@ -75,12 +88,18 @@ def _prepare_values(activation, a, xs, rs, scratch, centre, scale, shift):
 
 
 @overload(prepare_pulls)
-def _prepare_pulls(activation, a, xs, rs, gs, scratch, centre, scale, shift):
+def _prepare_pulls(activation, a, xs, rs, gs, scratch, centre, scale, shift, word):
+    if activation == _KEPT:
+
+        def prepare_kept(activation, a, xs, rs, gs, scratch, centre, scale, shift, word):
+            unpack(a.bits, word, scratch, xs.size)
+
+        return prepare_kept
     if activation != _SMOOTH:
-        return lambda activation, a, xs, rs, gs, scratch, centre, scale, shift: None
+        return lambda activation, a, xs, rs, gs, scratch, centre, scale, shift, word: None
     from steadynorm.ops.cpu.smooth import slopes
 
-    def prepare(activation, a, xs, rs, gs, scratch, centre, scale, shift):
+    def prepare(activation, a, xs, rs, gs, scratch, centre, scale, shift, word):
         for j in range(xs.size):
             d = load(xs, j) - of_column(centre, j)
             scratch[j] = d * of_column(scale, j) + of_column(shift, j) + narrow(a.memory, load(rs, j))
@@ -89,6 +108,24 @@ def _prepare_pulls(activation, a, xs, rs, gs, scratch, centre, scale, shift):
             scratch[j] *= load(gs, j)
 
     return prepare
+
+
+@overload(keep_bits)
+def _keep_bits(activation, a, scratch, n, word):
+    if activation != _KEPT:
+        return lambda activation, a, scratch, n, word: None
+
+    def keep(activation, a, scratch, n, word):
+        pack(scratch, n, narrow(a.memory, a.cap), a.bits, word)
+
+    return keep
+
+
+@overload(addend_at)
+def _addend_at(activation, memory, rs, j):
+    if activation == _KEPT:
+        return lambda activation, memory, rs, j: narrow(memory, 0.0)
+    return lambda activation, memory, rs, j: narrow(memory, load(rs, j))
 
 
 @overload(value_at)
@@ -108,11 +145,20 @@ def _value_at(activation, scratch, j, z, slope, cap):
 
     def bent(activation, scratch, j, z, slope, cap):
         zero = narrow(slope, 0.0)
-        above = zero if z < zero else z  # NaN stays NaN
-        below = z if z < zero else zero
-        value = above + slope * below
+        below = slope * z if slope != zero else zero  # at -inf, too
+        value = below if z < zero else z  # NaN stays NaN
         return cap if value > cap else value
 
+    if activation == _KEPT:
+
+        def bent_and_kept(activation, scratch, j, z, slope, cap):
+            scratch[j] = z
+            zero = narrow(slope, 0.0)
+            below = slope * z if slope != zero else zero
+            value = below if z < zero else z
+            return cap if value > cap else value
+
+        return bent_and_kept
     return bent
 
 
@@ -132,8 +178,17 @@ def _pull_at(activation, scratch, j, z, g, slope, cap):
 
     def bent(activation, scratch, j, z, g, slope, cap):
         zero = narrow(slope, 0.0)
-        below = slope * g
+        below = slope * g if slope != zero else zero  # of an infinite g, too
         rising = g if z > zero else below
-        return rising if z < cap else zero
+        return zero if z >= cap else rising
+
+    if activation == _KEPT:
+
+        def by_what_was_kept(activation, scratch, j, z, g, slope, cap):
+            zero = narrow(slope, 0.0)
+            below = slope * g if slope != zero else zero
+            return g if scratch[j] > zero else below
+
+        return by_what_was_kept
 
     return bent

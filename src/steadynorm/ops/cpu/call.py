@@ -13,7 +13,7 @@ from numba import types
 
 from steadynorm.ops.cpu.memory import PHASES, THREADS
 
-__all__ = ["BENT", "DIGEST", "KINDS", "RELU", "SMOOTH", "Call", "Kinds", "record"]
+__all__ = ["BENT", "DIGEST", "KEPT", "KINDS", "RELU", "SMOOTH", "Call", "Kinds", "record"]
 
 _INTEGERS = (
     *(f"taken_{i}" for i in range(PHASES * THREADS + 1)),  # how many tasks each thread has taken; how many threads came
@@ -48,6 +48,7 @@ _INTEGERS = (
     "rejected",
     "weighted",  # whether the count is a sum of sample weights
     "refused",  # is set to whether the batch was rejected
+    "bits",  # uint64: a bit per value, whether its activation rises; see bits.py
     "partial",  # float64 (2 parts + 1, C): the two sums of each part, and what values were taken relative to
 )
 _NUMBERS = (
@@ -61,7 +62,7 @@ _NUMBERS = (
     "p",
     "q",
 )
-_KINDS = ("memory", "affine", "added", "weights", "mask", "activation")
+_KINDS = ("memory", "added", "weights", "mask", "activation")
 
 
 class Kinds(NamedTuple):
@@ -69,15 +70,13 @@ class Kinds(NamedTuple):
 
     Attributes:
         memory: x, y, their gradients.
-        affine: weight and bias, and their gradients.
         added: The residual and its gradient.
         weights: position_weight.
         mask: valid.
-        activation: Which way it is computed, see bending.py: "" for none, or `RELU`, `BENT` or `SMOOTH`.
+        activation: Which way it is computed, see bending.py: "" for none, or `RELU`, `BENT`, `KEPT` or `SMOOTH`.
     """
 
     memory: str
-    affine: str
     added: str = ""
     weights: str = ""
     mask: str = ""
@@ -87,7 +86,7 @@ class Kinds(NamedTuple):
 KINDS = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "uint16", torch.float16: "int16"}
 """The kind of memory that holds each dtype."""
 
-RELU, BENT, SMOOTH = "uint8", "uint16", "uint32"
+RELU, BENT, KEPT, SMOOTH = "uint8", "uint16", "int8", "uint32"
 """Ways to compute an activation: as types, which is what a kernel is compiled for."""
 
 
@@ -97,13 +96,16 @@ class Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in _INTEGERS),
         *((name, ctypes.c_double) for name in _NUMBERS),
-        *((name, ctypes.c_int64) for name in _KINDS),
+        *((name, ctypes.c_int64) for name in (*_KINDS, "affine")),
     ]
+
+
+_IN_PYTHON = {"__init__", "backend", "kernel", "pages", "shortcut", "turns"}  # nothing of these is compiled
 
 
 def _digest_of_sources() -> str:
     """Of all that kernels are made of: Numba itself looks at a function's own file alone."""
-    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    texts = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")) if path.stem not in _IN_PYTHON]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
 
@@ -112,11 +114,16 @@ DIGEST = _digest_of_sources()
 
 
 def record(kinds: Kinds) -> types.Record:
-    """The struct as a kernel for these kinds sees it. Its type is what Numba tells specialisations apart by."""
+    """The struct as a kernel for these kinds sees it. Its type is what Numba tells specialisations apart by.
+
+    One more kind follows from them: `affine`, of γ, β and their gradients, which are in the dtype that computes.
+    """
+    affine = types.float64 if kinds.memory == "float64" else types.float32
     slots = [
         *((name, types.int64) for name in _INTEGERS),
         *((name, types.float64) for name in _NUMBERS),
         *((name, getattr(types, kind or "boolean")) for name, kind in zip(_KINDS, kinds, strict=True)),
+        ("affine", affine),
     ]
     fields = [(name, {"type": kind, "offset": 8 * i}) for i, (name, kind) in enumerate(slots)]
     return types.Record(fields, 8 * len(slots), aligned=True)

@@ -184,6 +184,17 @@ def coefficients(a, c, n, numbers):  # pragma: no cover
 
 
 @compiled
+def _gathered(a, c):  # pragma: no cover
+    """The two sums that the parts of a channel have left."""
+    partial = array_at(a.partial, 2 * a.parts * a.channels, np.float64(0))
+    first, second = 0.0, 0.0
+    for part in range(a.parts):
+        first += partial[part * a.channels + c]
+        second += partial[(a.parts + part) * a.channels + c]
+    return first, second
+
+
+@compiled
 def gather_statistics(a, me, phase):  # pragma: no cover
     """Adds up what the parts of each channel have measured, and writes its statistics."""
     partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
@@ -191,10 +202,7 @@ def gather_statistics(a, me, phase):  # pragma: no cover
         c = take(a, me, phase, a.channels)
         if c >= a.channels:
             break
-        first, second = 0.0, 0.0
-        for part in range(a.parts):
-            first += partial[part * a.channels + c]
-            second += partial[(a.parts + part) * a.channels + c]
+        first, second = _gathered(a, c)
         mean, m2 = settled(a, c, partial[2 * a.parts * a.channels + c], first, second)
         keep_statistics(a, c, mean, m2)
 
@@ -202,13 +210,9 @@ def gather_statistics(a, me, phase):  # pragma: no cover
 @compiled
 def gather_gradients(a, me, phase):  # pragma: no cover
     """Adds up Σ g and Σ g d of the parts of each channel, and writes its gradients."""
-    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
     while True:
         c = take(a, me, phase, a.channels)
         if c >= a.channels:
             break
-        first, second = 0.0, 0.0
-        for part in range(a.parts):
-            first += partial[part * a.channels + c]
-            second += partial[(a.parts + part) * a.channels + c]
+        first, second = _gathered(a, c)
         keep_gradients(a, c, first, second)

@@ -21,7 +21,7 @@ from steadynorm.ops.cpu.columns import (
 )
 from steadynorm.ops.cpu.compiling import compiled
 from steadynorm.ops.cpu.geometry import LONGEST
-from steadynorm.ops.cpu.kernel import Kernel
+from steadynorm.ops.cpu.kernel import MEASURING, NORMALIZING, Kernel
 from steadynorm.ops.cpu.memory import take, thread_number, wait_for_all, widest_vectors
 
 __all__ = ["backward", "backward_in_parts", "forward", "forward_in_parts", "gradient", "measure", "normalize", "reduce"]
@@ -161,5 +161,5 @@ def _gradient(pointer):  # pragma: no cover
 
 forward, backward = Kernel(_forward), Kernel(_backward)
 forward_in_parts, backward_in_parts = Kernel(_forward_in_parts), Kernel(_backward_in_parts)
-measure, normalize = Kernel(_measure), Kernel(_normalize)
-reduce, gradient = Kernel(_reduce), Kernel(_gradient)
+measure, normalize = Kernel(_measure, reads=MEASURING), Kernel(_normalize, reads=NORMALIZING)
+reduce, gradient = Kernel(_reduce, reads=NORMALIZING), Kernel(_gradient)

@@ -14,7 +14,16 @@ each channel once: no two chunks share one. One that is taken over all rows is m
 
 import numpy as np
 
-from steadynorm.ops.cpu.bending import prepare_pulls, prepare_values, pull_at, scratch_for, value_at
+from steadynorm.ops.cpu.bending import (
+    addend_at,
+    keep_bits,
+    prepare_pulls,
+    prepare_values,
+    pull_at,
+    scratch_for,
+    value_at,
+)
+from steadynorm.ops.cpu.bits import WORD
 from steadynorm.ops.cpu.channel import SAMPLES, coefficients, constants, kth
 from steadynorm.ops.cpu.compiling import compiled
 from steadynorm.ops.cpu.geometry import LONGEST
@@ -61,6 +70,13 @@ def _span(a, row, begin, end):  # pragma: no cover
     at = row * a.width
     stop = min(at + end, a.outer * a.channels * a.inner)
     return at + begin, max(at + begin, stop)
+
+
+@compiled
+def _word(a, row, begin):  # pragma: no cover
+    """Where the bits of a row of a chunk are kept."""
+    chunks = (a.width + a.chunk - 1) // a.chunk
+    return (row * chunks + begin // a.chunk) * ((a.chunk + WORD - 1) // WORD)
 
 
 @compiled
@@ -196,6 +212,7 @@ def write(a, first, last, begin, end, per_column, scratch):  # pragma: no cover
         for j in range(xs.size):
             z = (load(xs, j) - centre[j]) * scale[j] + shift[j] + narrow(a.memory, load(rs, j))
             store(ys, j, value_at(a.activation, scratch, j, z, slope, cap))
+        keep_bits(a.activation, a, scratch, xs.size, _word(a, row, begin))
 
 
 @compiled
@@ -221,10 +238,11 @@ def _pulls(a, first, last, begin, end, per_column, totals, scratch):  # pragma: 
                     continue
             at, to = _span(a, row, begin, end)
             xs, gs, rs = x[at:to], grad_y[at:to], residual[at:to]
-            prepare_pulls(a.activation, a, xs, rs, gs, scratch, centre, scale, shift)
+            word = _word(a, row, begin)
+            prepare_pulls(a.activation, a, xs, rs, gs, scratch, centre, scale, shift, word)
             for j in range(xs.size):
                 d = load(xs, j) - centre[j]
-                z = d * scale[j] + shift[j] + narrow(a.memory, load(rs, j))
+                z = d * scale[j] + shift[j] + addend_at(a.activation, a.memory, rs, j)
                 g = pull_at(a.activation, scratch, j, z, load(gs, j), slope, cap)
                 run1[j] += g
                 run2[j] += g * d
@@ -259,10 +277,10 @@ def spread(a, first, last, begin, end, per_column, scratch):  # pragma: no cover
         w = narrow(a.memory, 1.0)
         if present(a.weights):
             w = load(weight, row)
-        prepare_pulls(a.activation, a, xs, rs, gs, scratch, centre, scale, shift)
+        prepare_pulls(a.activation, a, xs, rs, gs, scratch, centre, scale, shift, _word(a, row, begin))
         for j in range(xs.size):
             d = load(xs, j) - centre[j]
-            z = d * scale[j] + shift[j] + narrow(a.memory, load(rs, j))
+            z = d * scale[j] + shift[j] + addend_at(a.activation, a.memory, rs, j)
             g = pull_at(a.activation, scratch, j, z, load(gs, j), slope, cap)
             taken = k1[j] * d + k0[j]
             if present(a.weights):

@@ -19,7 +19,14 @@ __all__ = ["commit", "committable"]
 _GREATEST = {torch.float32: torch.finfo(torch.float32).max, torch.float64: torch.finfo(torch.float64).max}
 
 
-def committable(mean: Tensor, var: Tensor, tracked: Tensor | None, table: Tensor, momentum: float | None) -> bool:
+def committable(
+    mean: Tensor,
+    var: Tensor,
+    tracked: Tensor | None,
+    rejected: Tensor | None,
+    table: Tensor,
+    momentum: float | None,
+) -> bool:
     """Whether buffers and statistics are memory that the kernel can write and read."""
     return (
         (tracked is not None or momentum is not None)
@@ -28,10 +35,18 @@ def committable(mean: Tensor, var: Tensor, tracked: Tensor | None, table: Tensor
         and type(mean) is Tensor
         and type(var) is Tensor
         and mean.is_cpu
+        and var.is_cpu
         and table.is_cpu
+        and mean.numel() == var.numel() == table.shape[-1]
         and mean.is_contiguous()
         and var.is_contiguous()
+        and (tracked is None or _is_counter(tracked))
+        and (rejected is None or _is_counter(rejected))
     )
+
+
+def _is_counter(t: Tensor) -> bool:
+    return t.dtype == torch.int64 and t.is_cpu and t.numel() == 1 and type(t) is Tensor
 
 
 def _commit(pointer):  # pragma: no cover
@@ -98,4 +113,4 @@ def commit(
 
 @cache
 def _template(channels: int, dtype: torch.dtype) -> tuple[Call, Kinds]:
-    return Call(channels=channels, momentum=-1.0, greatest=_GREATEST[dtype]), Kinds(KINDS[dtype], KINDS[dtype])
+    return Call(channels=channels, momentum=-1.0, greatest=_GREATEST[dtype]), Kinds(KINDS[dtype])

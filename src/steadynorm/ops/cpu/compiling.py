@@ -15,8 +15,10 @@ Function = TypeVar("Function")
 # What sums need to be vectorised, and nothing that would assume NaN and inf away. Numba's default error model checks
 # divisions, which stops loops from being vectorised.
 FAST: Final[dict[str, Any]] = {"fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
-# Without the wrappers by which Python or C would call it, a function compiles in half the time.
-_PART: Final[dict[str, Any]] = {**FAST, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# Without the wrappers by which Python or C would call it, a function compiles in half the time. It is always inlined:
+# one that stayed a function of its own would be shared by the kernels of a process, in the code of whichever was
+# compiled or loaded first, and the last bits of a result could depend on that.
+_PART: Final[dict[str, Any]] = {**FAST, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
 
 
 def compiled(function: Function) -> Function:

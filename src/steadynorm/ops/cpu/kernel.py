@@ -21,8 +21,13 @@ from numba import cfunc, types  # pyright: ignore[reportUnknownVariableType]
 from steadynorm.ops.cpu.call import DIGEST, Call, Kinds, record
 from steadynorm.ops.cpu.compiling import FAST
 from steadynorm.ops.cpu.memory import THREADS
+from steadynorm.ops.cpu.turns import turn
 
-__all__ = ["FEWEST_VALUES", "Kernel", "openmp", "threads_for"]
+__all__ = ["FEWEST_VALUES", "MEASURING", "NORMALIZING", "Kernel", "openmp", "threads_for"]
+
+MEASURING = ("memory", "weights")
+NORMALIZING = ("memory", "added", "mask", "activation")
+"""What kernels read that do no more than measure, or no more than normalize (or go back through it)."""
 
 FEWEST_VALUES = 32768
 """Below so many values one thread is used: waking another takes as long as the work."""
@@ -51,10 +56,12 @@ class Kernel:
 
     Args:
         function: Given a C pointer to the struct, does tasks until none is left.
+        reads: The kinds that make a difference to it; it is not compiled anew for the others.
     """
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
+    def __init__(self, function: Callable[[Any], None], reads: tuple[str, ...] = Kinds._fields) -> None:
         self.function = function
+        self._ignored = {name: "" for name in Kinds._fields if name not in reads}
         self._compiled: dict[Kinds, Compiled] = {}
 
     def __call__(self, call: Call, kinds: Kinds, threads: int) -> None:
@@ -73,7 +80,10 @@ class Kernel:
         """Compiles for these kinds, or loads what an earlier process has compiled."""
         with _compiling:
             if kinds not in self._compiled:
-                self._compiled[kinds] = _runner(_compiled(self.function, kinds))
+                read = kinds._replace(**self._ignored)
+                if read not in self._compiled:
+                    self._compiled[read] = _runner(_compiled(self.function, read))
+                self._compiled[kinds] = self._compiled[read]
             return self._compiled[kinds]
 
 
@@ -102,7 +112,8 @@ def _compiled(function: Callable[[Any], None], kinds: Kinds) -> int:
     named = FunctionType(function.__code__, function.__globals__, name)
     named.__qualname__, named.__module__ = name, function.__module__
     try:
-        built: Any = cfunc(signature, cache=True, **FAST)(named)
+        with turn(name):
+            built: Any = cfunc(signature, cache=True, **FAST)(named)
     except RuntimeError as error:  # neither __pycache__ nor the user's cache can be written
         if "cache" not in str(error):
             raise

@@ -12,7 +12,16 @@ the two passes of backward.
 import numpy as np
 from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
-from steadynorm.ops.cpu.bending import prepare_pulls, prepare_values, pull_at, scratch_for, value_at
+from steadynorm.ops.cpu.bending import (
+    addend_at,
+    keep_bits,
+    prepare_pulls,
+    prepare_values,
+    pull_at,
+    scratch_for,
+    value_at,
+)
+from steadynorm.ops.cpu.bits import WORD
 from steadynorm.ops.cpu.channel import (
     around,
     coefficients,
@@ -25,7 +34,7 @@ from steadynorm.ops.cpu.channel import (
 )
 from steadynorm.ops.cpu.compiling import compiled
 from steadynorm.ops.cpu.geometry import LONGEST
-from steadynorm.ops.cpu.kernel import Kernel
+from steadynorm.ops.cpu.kernel import MEASURING, NORMALIZING, Kernel
 from steadynorm.ops.cpu.memory import (
     array_at,
     load,
@@ -56,23 +65,35 @@ _RUN = 1024
 
 
 @compiled
-def _sums(a, c, start, stop, around):  # pragma: no cover
-    """Σ w d and Σ w d² with d = x - around: each run in the dtype that computes, the runs in float64."""
+def _run(a, c, at, stop):  # pragma: no cover
+    """Where in memory a channel's values from number `at` on lie, and how many of them side by side."""
+    row = at // a.inner
+    i = at - row * a.inner
+    return (row * a.channels + c) * a.inner + i, min(a.inner - i, stop - at, _RUN)
+
+
+@compiled
+def _word(a, c, at):  # pragma: no cover
+    """Where the bits of a run are kept: those of each plane begin with a new word."""
+    row = at // a.inner
+    return (row * a.channels + c) * ((a.inner + WORD - 1) // WORD) + (at - row * a.inner) // WORD
+
+
+@compiled
+def _sums(a, c, start, stop, near):  # pragma: no cover
+    """Σ w d and Σ w d² with d = x - near: each run in the dtype that computes, the runs in float64."""
     widest_vectors()
     x = array_at(a.x, a.outer * a.channels * a.inner, a.memory)
     weight = array_at(a.position_weight, a.outer * a.inner, a.weights)
     zero = narrow(a.memory, 0.0)
     first, second = 0.0, 0.0
-    row = start // a.inner
-    i = start - row * a.inner
     at = start
     while at < stop:
-        n = min(a.inner - i, stop - at, _RUN)
-        begin = (row * a.channels + c) * a.inner + i
+        begin, n = _run(a, c, at, stop)
         xs, ws = x[begin : begin + n], weight[at : at + n]
         run1, run2 = zero, zero
         for j in range(xs.size):
-            d = load(xs, j) - around
+            d = load(xs, j) - near
             if present(a.weights):
                 w = load(ws, j)
                 d = d if w > zero else zero  # where the weight is 0, x may hold anything
@@ -84,9 +105,6 @@ def _sums(a, c, start, stop, around):  # pragma: no cover
         first += run1
         second += run2
         at += n
-        i += n
-        if i == a.inner:
-            row, i = row + 1, 0
     return first, second
 
 
@@ -115,12 +133,9 @@ def _write(a, c, start, stop, scratch, numbers):  # pragma: no cover
     size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
     x, y = array_at(a.x, size, a.memory), array_at(a.y, size, a.memory)
     residual, valid = array_at(a.residual, size, a.added), array_at(a.valid, positions, a.mask)
-    row = start // a.inner
-    i = start - row * a.inner
     at = start
     while at < stop:
-        n = min(a.inner - i, stop - at, _RUN)
-        begin = (row * a.channels + c) * a.inner + i
+        begin, n = _run(a, c, at, stop)
         xs, ys, rs, vs = x[begin : begin + n], y[begin : begin + n], residual[begin : begin + n], valid[at : at + n]
         prepare_values(a.activation, a, xs, rs, scratch, centre, scale, shift)
         for j in range(xs.size):
@@ -129,15 +144,13 @@ def _write(a, c, start, stop, scratch, numbers):  # pragma: no cover
             if present(a.mask):
                 out = out if vs[j] else zero
             store(ys, j, out)
+        keep_bits(a.activation, a, scratch, n, _word(a, c, at))
         at += n
-        i += n
-        if i == a.inner:
-            row, i = row + 1, 0
 
 
 @compiled
 def _pulls(a, c, start, stop, scratch, numbers):  # pragma: no cover
-    """Σ g and Σ g d with g = dL/dy f'(z) and d = x - centre; g itself is written where a residual wants it."""
+    """Σ g and Σ g d with g = dL/dy f'(z) and d = x - centre."""
     widest_vectors()
     centre, scale, shift = _of_channel(a, c, numbers, False)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
@@ -145,19 +158,16 @@ def _pulls(a, c, start, stop, scratch, numbers):  # pragma: no cover
     x, grad_y = array_at(a.x, size, a.memory), array_at(a.grad_y, size, a.memory)
     residual, valid = array_at(a.residual, size, a.added), array_at(a.valid, positions, a.mask)
     first, second = 0.0, 0.0
-    row = start // a.inner
-    i = start - row * a.inner
     at = start
     while at < stop:
-        n = min(a.inner - i, stop - at, _RUN)
-        begin = (row * a.channels + c) * a.inner + i
+        begin, n = _run(a, c, at, stop)
         xs, gs, rs = x[begin : begin + n], grad_y[begin : begin + n], residual[begin : begin + n]
         vs = valid[at : at + n]
-        prepare_pulls(a.activation, a, xs, rs, gs, scratch, centre, scale, shift)
+        prepare_pulls(a.activation, a, xs, rs, gs, scratch, centre, scale, shift, _word(a, c, at))
         run1, run2 = zero, zero
         for j in range(xs.size):
             d = load(xs, j) - centre
-            z = d * scale + shift + narrow(a.memory, load(rs, j))
+            z = d * scale + shift + addend_at(a.activation, a.memory, rs, j)
             g = pull_at(a.activation, scratch, j, z, load(gs, j), slope, cap)
             if present(a.mask):
                 g = g if vs[j] else zero
@@ -167,9 +177,6 @@ def _pulls(a, c, start, stop, scratch, numbers):  # pragma: no cover
         first += run1
         second += run2
         at += n
-        i += n
-        if i == a.inner:
-            row, i = row + 1, 0
     return first, second
 
 
@@ -188,19 +195,16 @@ def _spread(a, c, start, stop, scratch, numbers):  # pragma: no cover
     )
     residual, grad_residual = array_at(a.residual, size, a.added), array_at(a.grad_residual, size, a.added)
     weight, valid = array_at(a.position_weight, positions, a.weights), array_at(a.valid, positions, a.mask)
-    row = start // a.inner
-    i = start - row * a.inner
     at = start
     while at < stop:
-        n = min(a.inner - i, stop - at, _RUN)
-        begin = (row * a.channels + c) * a.inner + i
+        begin, n = _run(a, c, at, stop)
         xs, gs, dxs = x[begin : begin + n], grad_y[begin : begin + n], grad_x[begin : begin + n]
         rs, drs = residual[begin : begin + n], grad_residual[begin : begin + n]
         ws, vs = weight[at : at + n], valid[at : at + n]
-        prepare_pulls(a.activation, a, xs, rs, gs, scratch, centre, scale, shift)
+        prepare_pulls(a.activation, a, xs, rs, gs, scratch, centre, scale, shift, _word(a, c, at))
         for j in range(xs.size):
             d = load(xs, j) - centre
-            z = d * scale + shift + narrow(a.memory, load(rs, j))
+            z = d * scale + shift + addend_at(a.activation, a.memory, rs, j)
             g = pull_at(a.activation, scratch, j, z, load(gs, j), slope, cap)
             taken = k1 * d + k0
             if present(a.weights):
@@ -214,9 +218,6 @@ def _spread(a, c, start, stop, scratch, numbers):  # pragma: no cover
             if present(a.added):
                 store(drs, j, g)
         at += n
-        i += n
-        if i == a.inner:
-            row, i = row + 1, 0
 
 
 @compiled
@@ -224,8 +225,14 @@ def _part(a, task):  # pragma: no cover
     """The channel that a task is about, and from which to which of its values."""
     c = task // a.parts
     part = task - c * a.parts
-    values = a.outer * a.inner
-    return c, part, part * values // a.parts, (part + 1) * values // a.parts
+    return c, part, _boundary(a, part), _boundary(a, part + 1)
+
+
+@compiled
+def _boundary(a, part):  # pragma: no cover
+    """The first of a channel's values that belongs to a part: whole words of bits from the first of its plane."""
+    at = part * (a.outer * a.inner) // a.parts
+    return at - at % a.inner % WORD
 
 
 @compiled
@@ -369,6 +376,7 @@ def _gather_gradients(pointer):  # pragma: no cover
 
 forward, backward = Kernel(_forward), Kernel(_backward)
 forward_in_parts, backward_in_parts = Kernel(_forward_in_parts), Kernel(_backward_in_parts)
-measure, normalize = Kernel(_measure), Kernel(_normalize)
-reduce, gradient = Kernel(_reduce), Kernel(_gradient)
-gathered_statistics, gathered_gradients = Kernel(_gather_statistics), Kernel(_gather_gradients)
+measure, normalize = Kernel(_measure, reads=MEASURING), Kernel(_normalize, reads=NORMALIZING)
+reduce, gradient = Kernel(_reduce, reads=NORMALIZING), Kernel(_gradient)
+gathered_statistics = Kernel(_gather_statistics, reads=MEASURING)
+gathered_gradients = Kernel(_gather_gradients, reads=("memory",))

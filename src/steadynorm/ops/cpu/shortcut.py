@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from steadynorm.ops.autograd import differentiable_backward
 from steadynorm.ops.backends import readable
-from steadynorm.ops.cpu.backend import backward, backward_of, forward_of, partial_size, plan_for
-from steadynorm.ops.cpu.call import Call
+from steadynorm.ops.cpu.backend import (
+    backward,
+    backward_of,
+    computing_dtype,
+    forward_of,
+    partial_size,
+    plan_for,
+    way_of,
+)
+from steadynorm.ops.cpu.bits import flags, words_for
+from steadynorm.ops.cpu.call import BENT, KEPT, Call
+from steadynorm.ops.cpu.geometry import dense
 from steadynorm.ops.cpu.kernel import threads_for
 from steadynorm.ops.cpu.pages import empty_like, is_large
 from steadynorm.ops.reference import Operands, Statistics, Train
@@ -26,27 +36,47 @@ class Shortcut:
     """One kind of step.
 
     Args:
-        operands: What the step was called with that has passed the checks; without weights and mask.
+        operands: What the step was called with that has passed the checks; without weights and mask, and such as
+            `serves`.
         spec: Its settings.
     """
 
-    def __init__(self, operands: Operands, spec: Train) -> None:
+    @staticmethod
+    def serves(operands: Operands) -> bool:
+        """Whether kernels can read these as they are."""
         x, weight, bias, residual, _, _ = operands
+        computed = computing_dtype(x)
+        return (
+            dense(x)
+            and all(t is None or t.dtype == computed for t in (weight, bias))
+            and (residual is None or residual.dtype in (x.dtype, computed))
+        )
+
+    def __init__(self, operands: Operands, spec: Train) -> None:
+        x, residual = operands.x, operands.residual
         self.spec, self.activation = spec, spec.activation
         self.shape, self.strides, self.dtype = x.shape, x.stride(), x.dtype
         self.residual = None if residual is None else residual.dtype
-        affine = weight if weight is not None else bias
-        self.affine = None if affine is None else affine.dtype
+        self.affine = computing_dtype(x)
         self.channels = spec.layout.channels
         plan = plan_for(operands, spec)
         self.threads, self.tasks = plan.threads, plan.geometry.chunks * plan.geometry.parts
         read = plan.geometry
-        self.forward = forward_of(read).bind(plan.kinds)
-        # What is added last has the output's own gradient: its values are needed only to differentiate an activation.
+        kinds, self.call, self.bits = plan.kinds, plan.template, 0
+        # What is added last has the output's own gradient: its values are needed only to differentiate an activation,
+        # and where that is straight but for a kink, a bit for each.
         self.keeps_residual = residual is not None and spec.activation is not None
-        kinds = plan.kinds if self.keeps_residual else plan.kinds._replace(added="")
-        self.backward = backward_of(read).bind(kinds)
-        self.call, self.at_once = plan.template, read.parts == 1 or plan.at_once
+        if residual is not None and spec.activation is not None:
+            way, numbers = way_of(spec.activation, x.dtype, weighted=True)
+            if way == BENT:
+                self.bits, self.keeps_residual = words_for(read, self.channels), False
+                kinds = kinds._replace(activation=KEPT)
+                self.call = Call.from_buffer_copy(plan.template)
+                self.call.slope, self.call.cap = numbers["slope"], numbers["cap"]
+        self.forward = forward_of(read).bind(kinds)
+        self.adds_last = residual is not None and spec.activation is None
+        self.backward = backward_of(read).bind(kinds._replace(added="") if self.adds_last else kinds)
+        self.geometry, self.at_once = read, read.parts == 1 or plan.at_once
         self.partial = partial_size(read, spec, at_once=True)
         self.empty_like = empty_like if is_large(x) else torch.empty_like
 
@@ -56,19 +86,26 @@ class Shortcut:
             return False
         for t in (weight, bias):
             if t is not None and not (
-                t.dtype == self.affine and type(t) in _PLAIN and t.numel() == self.channels and t.is_contiguous()
+                t.dtype == self.affine
+                and type(t) in _PLAIN
+                and t.is_cpu
+                and t.numel() == self.channels
+                and t.is_contiguous()
+                and not t.is_neg()
             ):
                 return False
         if (residual is None) != (self.residual is None):
             return False
         if residual is not None and not (
             type(residual) in _PLAIN
+            and residual.is_cpu
+            and not residual.is_neg()
             and residual.shape == self.shape
             and residual.stride() == self.strides
             and residual.dtype == self.residual
         ):
             return False
-        return x.is_cpu and self.threads == threads_for(x.numel())
+        return x.is_cpu and not x.is_neg() and self.threads == threads_for(x.numel())
 
     def step(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
@@ -102,17 +139,21 @@ class _Step(torch.autograd.Function):
         if shortcut.partial:
             partial = torch.empty(shortcut.partial, dtype=torch.float64)
             call.partial = partial.data_ptr()
+        kept = residual if shortcut.keeps_residual else None
+        if shortcut.bits:
+            kept = torch.empty(shortcut.bits, dtype=torch.int64)
+            call.bits = kept.data_ptr()
         shortcut.forward(call, shortcut.threads)
         ctx.shortcut = shortcut
-        ctx.save_for_backward(x, weight, bias, residual if shortcut.keeps_residual else None, table)
+        ctx.save_for_backward(x, weight, bias, kept, table)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         shortcut: Shortcut = ctx.shortcut
-        x, weight, bias, residual, table = ctx.saved_tensors
+        x, weight, bias, kept, table = ctx.saved_tensors
         if torch.is_grad_enabled() or grad_y.stride() != shortcut.strides or not readable(grad_y):
-            return _the_long_way(shortcut, grad_y, Operands(x, weight, bias, residual), table)
+            return _the_long_way(shortcut, grad_y, Operands(x, weight, bias, kept), table)
         call = Call.from_buffer_copy(shortcut.call)
         sums = torch.empty((2, shortcut.channels), dtype=torch.float64)
         grad_x = shortcut.empty_like(x)
@@ -125,15 +166,19 @@ class _Step(torch.autograd.Function):
         if bias is not None:
             grad_bias = torch.empty_like(bias)
             call.bias, call.grad_bias = bias.data_ptr(), grad_bias.data_ptr()
-        if residual is not None:
-            grad_residual = shortcut.empty_like(residual)
-            call.residual, call.grad_residual = residual.data_ptr(), grad_residual.data_ptr()
+        if kept is not None:
+            if shortcut.bits:
+                call.bits = kept.data_ptr()
+            else:
+                call.residual = kept.data_ptr()
+            grad_residual = shortcut.empty_like(x, dtype=shortcut.residual)
+            call.grad_residual = grad_residual.data_ptr()
         call.tasks = shortcut.tasks
         if shortcut.partial:
             partial = torch.empty(shortcut.partial, dtype=torch.float64)
             call.partial = partial.data_ptr()
-        shortcut.backward(call, shortcut.threads)
-        if shortcut.residual is not None and not shortcut.keeps_residual:
+        shortcut.backward(call, threads_for(x.numel()))  # there may be fewer by now, as after a fork
+        if shortcut.adds_last:
             grad_residual = grad_y.to(shortcut.residual)
         return grad_x, grad_weight, grad_bias, grad_residual, None, None
 
@@ -144,10 +189,16 @@ _apply: Any = super(torch.autograd.Function, _Step).apply  # pyright: ignore
 
 def _the_long_way(shortcut: Shortcut, grad_y: Tensor, operands: Operands, table: Tensor) -> tuple[Tensor | None, ...]:
     """For a derivative of the derivative, and for gradients that kernels cannot read as they are."""
+    spec = shortcut.spec
+    if shortcut.bits and operands.residual is not None:  # the activation has been told: what is left is an affine map
+        rises = flags(operands.residual, shortcut.geometry, operands.x)
+        slope = shortcut.call.slope
+        grad_y = torch.where(rises, grad_y, grad_y * slope if slope else 0)
+        operands, spec = operands._replace(residual=None), spec._replace(activation=None)
     if torch.is_grad_enabled():
-        found = differentiable_backward((grad_y, None, None), operands, shortcut.spec)
+        found = differentiable_backward((grad_y, None, None), operands, spec)
     else:
-        found = backward(grad_y, None, None, operands, Statistics(*table.unbind()), shortcut.spec)
-    if shortcut.residual is not None and not shortcut.keeps_residual:
+        found = backward(grad_y, None, None, operands, Statistics(*table.unbind()), spec)
+    if shortcut.adds_last or shortcut.bits:
         found = found._replace(residual=grad_y.to(shortcut.residual))
     return *found, None, None
