@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from steadynorm import activations
-    from steadynorm.ops.cpu import column_kernels, planes
+    from steadynorm.ops.cpu import column_kernels, plane_kernels
     from steadynorm.ops.cpu.backend import way_of
     from steadynorm.ops.cpu.call import KINDS, Kinds
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fused = [None if name == "none" else activations.Activation(name) for name in chosen.activation]
     started, kernels = time.perf_counter(), 0
     ways = {(dtype, way_of(f, getattr(torch, dtype), weighted=False)[0]) for dtype, f in product(chosen.dtype, fused)}
-    for (dtype, way), residual, module in product(sorted(ways), (False, True), (planes, column_kernels)):
+    for (dtype, way), residual, module in product(sorted(ways), (False, True), (plane_kernels, column_kernels)):
         memory = KINDS[getattr(torch, dtype)]
         kinds = Kinds(memory, memory if residual else "", activation=way)
         for kernel in (module.forward, module.backward, module.forward_in_parts, module.backward_in_parts):

@@ -15,7 +15,7 @@ import torch
 from numba.core.caching import CacheImpl
 
 import steadynorm
-from steadynorm.ops.cpu import backend, kernel, planes
+from steadynorm.ops.cpu import backend, kernel, plane_kernels
 from steadynorm.ops.cpu.call import Kinds
 from support import threads
 from support_kernels import Result, Step, check, expected, randn, run
@@ -150,7 +150,7 @@ def test_where_torch_has_no_such_runtime(tmp_path, monkeypatch):
 
 def test_where_no_cache_folder_can_be_written_kernels_are_compiled_all_the_same(monkeypatch):
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    run_alone = kernel._runner(kernel._compiled(planes.measure.function, Kinds("float64")))
+    run_alone = kernel._runner(kernel._compiled(plane_kernels.measure.function, Kinds("float64")))
     assert callable(run_alone)
 
 
@@ -160,7 +160,7 @@ def test_other_errors_of_compiling_are_seen(monkeypatch):
 
     monkeypatch.setattr(kernel, "cfunc", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        kernel._compiled(planes.measure.function, Kinds("float64"))
+        kernel._compiled(plane_kernels.measure.function, Kinds("float64"))
 
 
 def start(code: str, **environment: str) -> subprocess.Popen:

@@ -12,7 +12,7 @@ from torch import Tensor
 from steadynorm.activations import Activation
 from steadynorm.ops import reference
 from steadynorm.ops.backends import readable
-from steadynorm.ops.cpu import column_kernels, planes
+from steadynorm.ops.cpu import column_kernels, plane_kernels
 from steadynorm.ops.cpu.call import BENT, KINDS, RELU, SMOOTH, Call, Kinds
 from steadynorm.ops.cpu.geometry import Geometry, dense, geometry, positions
 from steadynorm.ops.cpu.kernel import Kernel, openmp, threads_for
@@ -21,7 +21,18 @@ from steadynorm.ops.cpu.pages import empty_like
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
 
-__all__ = ["backward", "measure", "normalize_by", "plan_for", "train"]
+__all__ = [
+    "backward",
+    "backward_of",
+    "computing_dtype",
+    "forward_of",
+    "measure",
+    "normalize_by",
+    "partial_size",
+    "plan_for",
+    "train",
+    "way_of",
+]
 
 _UNCAPPED: Final = float("nan")
 _COUNTERS: Final = 8 * (PHASES * THREADS + 1)
@@ -115,7 +126,7 @@ def way_of(activation: Activation | None, dtype: torch.dtype, weighted: bool) ->
 
 def kernels_of(read: Geometry) -> ModuleType:
     """The module of kernels that read memory like this."""
-    return column_kernels if read.columns else planes
+    return column_kernels if read.columns else plane_kernels
 
 
 def forward_of(read: Geometry) -> Kernel:
@@ -180,7 +191,7 @@ class _Step:
         partial = torch.empty(partial_size(read, self.spec, at_once=False), dtype=torch.float64)
         self.call.partial, self.call.statistics = partial.data_ptr(), table.data_ptr()
         self.run(kernels_of(read).measure, read.chunks * read.parts)
-        self.gather(planes.gathered_statistics)
+        self.gather(plane_kernels.gathered_statistics)
 
     def normalize(self, table: Tensor) -> Tensor:
         """y by the statistics in `table`."""
@@ -276,7 +287,7 @@ def backward(
         step.run(backward_of(read), read.chunks * read.parts)
     else:
         step.run(kernels.reduce, read.chunks * read.parts)
-        step.gather(planes.gathered_gradients)
+        step.gather(plane_kernels.gathered_gradients)
         if spec.constant:
             call.sums = 0  # nothing pulls at constants
         elif over_ranks is not None:

@@ -1,4 +1,4 @@
-"""Kernels over planes: the values of a channel lie in A runs of S neighbours, as in a contiguous (N, C, H, W).
+"""Arithmetic over planes: the values of a channel lie in A runs of S neighbours, as in a contiguous (N, C, H, W).
 
 A task is a channel, or a part of one where there are few: its values are numbered from 0 to A S, run after run. A
 channel that is one task is measured and normalised in one go, so that the second pass finds it in the cache; so are
@@ -10,7 +10,6 @@ the two passes of backward.
 # (Numba types its functions itself)
 
 import numpy as np
-from numba import carray  # pyright: ignore[reportPrivateImportUsage]
 
 from steadynorm.ops.cpu.bending import (
     addend_at,
@@ -22,43 +21,12 @@ from steadynorm.ops.cpu.bending import (
     value_at,
 )
 from steadynorm.ops.cpu.bits import WORD
-from steadynorm.ops.cpu.channel import (
-    around,
-    coefficients,
-    constants,
-    gather_gradients,
-    gather_statistics,
-    keep_gradients,
-    keep_statistics,
-    settled,
-)
+from steadynorm.ops.cpu.channel import coefficients, constants
 from steadynorm.ops.cpu.compiling import compiled
 from steadynorm.ops.cpu.geometry import LONGEST
-from steadynorm.ops.cpu.kernel import MEASURING, NORMALIZING, Kernel
-from steadynorm.ops.cpu.memory import (
-    array_at,
-    load,
-    narrow,
-    present,
-    store,
-    take,
-    thread_number,
-    wait_for_all,
-    widest_vectors,
-)
+from steadynorm.ops.cpu.memory import array_at, load, narrow, present, store, widest_vectors
 
-__all__ = [
-    "backward",
-    "backward_in_parts",
-    "forward",
-    "forward_in_parts",
-    "gathered_gradients",
-    "gathered_statistics",
-    "gradient",
-    "measure",
-    "normalize",
-    "reduce",
-]
+__all__ = ["part_of", "pulls", "rooms", "spread", "sums", "write"]
 
 # Values at a time: few enough for float32 sums of them to lose nothing, and for scratch to stay in L1.
 _RUN = 1024
@@ -80,7 +48,7 @@ def _word(a, c, at):  # pragma: no cover
 
 
 @compiled
-def _sums(a, c, start, stop, near):  # pragma: no cover
+def sums(a, c, start, stop, near):  # pragma: no cover
     """Σ w d and Σ w d² with d = x - near: each run in the dtype that computes, the runs in float64."""
     widest_vectors()
     x = array_at(a.x, a.outer * a.channels * a.inner, a.memory)
@@ -109,7 +77,7 @@ def _sums(a, c, start, stop, near):  # pragma: no cover
 
 
 @compiled
-def _rooms(a):  # pragma: no cover
+def rooms(a):  # pragma: no cover
     """Scratch of a thread: what a smooth activation needs, and three numbers of a channel."""
     return scratch_for(a.activation, a.memory, _RUN), np.empty(2 * LONGEST + 1)
 
@@ -125,7 +93,7 @@ def _of_channel(a, c, numbers, for_backward):  # pragma: no cover
 
 
 @compiled
-def _write(a, c, start, stop, scratch, numbers):  # pragma: no cover
+def write(a, c, start, stop, scratch, numbers):  # pragma: no cover
     """y = f((x - centre) scale + shift + residual), 0 where not valid."""
     widest_vectors()
     centre, scale, shift = _of_channel(a, c, numbers, False)
@@ -149,7 +117,7 @@ def _write(a, c, start, stop, scratch, numbers):  # pragma: no cover
 
 
 @compiled
-def _pulls(a, c, start, stop, scratch, numbers):  # pragma: no cover
+def pulls(a, c, start, stop, scratch, numbers):  # pragma: no cover
     """Σ g and Σ g d with g = dL/dy f'(z) and d = x - centre."""
     widest_vectors()
     centre, scale, shift = _of_channel(a, c, numbers, False)
@@ -181,7 +149,7 @@ def _pulls(a, c, start, stop, scratch, numbers):  # pragma: no cover
 
 
 @compiled
-def _spread(a, c, start, stop, scratch, numbers):  # pragma: no cover
+def spread(a, c, start, stop, scratch, numbers):  # pragma: no cover
     """dx = ac (g - w (k1 d + k0)), and g for the residual; both 0 where not valid."""
     widest_vectors()
     centre, scale, shift = _of_channel(a, c, numbers, False)
@@ -221,7 +189,7 @@ def _spread(a, c, start, stop, scratch, numbers):  # pragma: no cover
 
 
 @compiled
-def _part(a, task):  # pragma: no cover
+def part_of(a, task):  # pragma: no cover
     """The channel that a task is about, and from which to which of its values."""
     c = task // a.parts
     part = task - c * a.parts
@@ -233,150 +201,3 @@ def _boundary(a, part):  # pragma: no cover
     """The first of a channel's values that belongs to a part: whole words of bits from the first of its plane."""
     at = part * (a.outer * a.inner) // a.parts
     return at - at % a.inner % WORD
-
-
-@compiled
-def _measure_all(a, me):  # pragma: no cover
-    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
-    while True:
-        task = take(a, me, 0, a.tasks)
-        if task >= a.tasks:
-            break
-        c, part, start, stop = _part(a, task)
-        near = narrow(a.memory, around(a, c))
-        first, second = _sums(a, c, start, stop, near)
-        partial[2 * a.parts * a.channels + c] = near  # the same whichever part writes it
-        partial[part * a.channels + c] = first
-        partial[(a.parts + part) * a.channels + c] = second
-
-
-@compiled
-def _normalize_all(a, me, phase, scratch, numbers):  # pragma: no cover
-    while True:
-        task = take(a, me, phase, a.tasks)
-        if task >= a.tasks:
-            break
-        c, _, start, stop = _part(a, task)
-        _write(a, c, start, stop, scratch, numbers)
-
-
-@compiled
-def _reduce_all(a, me, scratch, numbers):  # pragma: no cover
-    partial = array_at(a.partial, (2 * a.parts + 1) * a.channels, np.float64(0))
-    while True:
-        task = take(a, me, 0, a.tasks)
-        if task >= a.tasks:
-            break
-        c, part, start, stop = _part(a, task)
-        first, second = _pulls(a, c, start, stop, scratch, numbers)
-        partial[part * a.channels + c] = first
-        partial[(a.parts + part) * a.channels + c] = second
-
-
-@compiled
-def _spread_all(a, me, phase, scratch, numbers):  # pragma: no cover
-    while True:
-        task = take(a, me, phase, a.tasks)
-        if task >= a.tasks:
-            break
-        c, _, start, stop = _part(a, task)
-        _spread(a, c, start, stop, scratch, numbers)
-
-
-def _forward(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch, numbers = _rooms(a)
-    me, values = thread_number(a), a.outer * a.inner
-    while True:
-        c = take(a, me, 0, a.tasks)
-        if c >= a.tasks:
-            break
-        near = narrow(a.memory, around(a, c))
-        first, second = _sums(a, c, 0, values, near)
-        mean, m2 = settled(a, c, np.float64(near), first, second)
-        keep_statistics(a, c, mean, m2)
-        _write(a, c, 0, values, scratch, numbers)
-
-
-def _backward(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch, numbers = _rooms(a)
-    me, values = thread_number(a), a.outer * a.inner
-    while True:
-        c = take(a, me, 0, a.tasks)
-        if c >= a.tasks:
-            break
-        first, second = _pulls(a, c, 0, values, scratch, numbers)
-        keep_gradients(a, c, first, second)
-        _spread(a, c, 0, values, scratch, numbers)
-
-
-def _forward_in_parts(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    me = thread_number(a)
-    _measure_all(a, me)
-    wait_for_all(a)
-    gather_statistics(a, me, 1)
-    wait_for_all(a)
-    scratch, numbers = _rooms(a)
-    _normalize_all(a, me, 2, scratch, numbers)
-
-
-def _backward_in_parts(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch, numbers = _rooms(a)
-    me = thread_number(a)
-    _reduce_all(a, me, scratch, numbers)
-    wait_for_all(a)
-    gather_gradients(a, me, 1)
-    wait_for_all(a)
-    _spread_all(a, me, 2, scratch, numbers)
-
-
-def _measure(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    _measure_all(a, thread_number(a))
-
-
-def _normalize(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch, numbers = _rooms(a)
-    _normalize_all(a, thread_number(a), 0, scratch, numbers)
-
-
-def _reduce(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch, numbers = _rooms(a)
-    _reduce_all(a, thread_number(a), scratch, numbers)
-
-
-def _gradient(pointer):  # pragma: no cover
-    widest_vectors()
-    a = carray(pointer, 1)[0]
-    scratch, numbers = _rooms(a)
-    _spread_all(a, thread_number(a), 0, scratch, numbers)
-
-
-def _gather_statistics(pointer):  # pragma: no cover
-    a = carray(pointer, 1)[0]
-    gather_statistics(a, thread_number(a), 0)
-
-
-def _gather_gradients(pointer):  # pragma: no cover
-    a = carray(pointer, 1)[0]
-    gather_gradients(a, thread_number(a), 0)
-
-
-forward, backward = Kernel(_forward), Kernel(_backward)
-forward_in_parts, backward_in_parts = Kernel(_forward_in_parts), Kernel(_backward_in_parts)
-measure, normalize = Kernel(_measure, reads=MEASURING), Kernel(_normalize, reads=NORMALIZING)
-reduce, gradient = Kernel(_reduce, reads=NORMALIZING), Kernel(_gradient)
-gathered_statistics = Kernel(_gather_statistics, reads=MEASURING)
-gathered_gradients = Kernel(_gather_gradients, reads=("memory",))
