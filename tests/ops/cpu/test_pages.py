@@ -144,9 +144,17 @@ def test_without_a_limit_or_anonymous_memory_there_is_no_pool(monkeypatch):
 
 
 def test_huge_pages_are_merely_advice(pool, monkeypatch):
+    asked = []
+
     class Refusing(pages.mmap.mmap):
         def madvise(self, *advice: int) -> None:
+            asked.append(advice)
             raise OSError("built without")
 
     monkeypatch.setattr(pages.mmap, "mmap", Refusing)
+    monkeypatch.setattr(pages.mmap, "MADV_HUGEPAGE", 14, raising=False)
     assert floats(pool, 5000).fill_(2).sum() == 10000
+    assert asked == [(14,)]
+    monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE")
+    assert floats(pool, 50000).fill_(2).sum() == 100000
+    assert len(asked) == 1
