@@ -21,6 +21,7 @@ from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
 from support import ACTIVATIONS, Array, Wide, assert_close, stats, threads, wide
 
 EPS = 1e-5
+SHAPES = {"planes": (3, 4, 20, 30), "columns": (30, 7)}
 
 
 def randn(*shape: int, seed: int = 0, mean: float = 0, std: float = 1) -> Tensor:
@@ -42,6 +43,7 @@ class Step(NamedTuple):
         mask: Which positions take part, (N, *).
         activation: Its name.
         grad_y, grad_mean, grad_m2: The gradients of the outputs.
+        eps: Added to the variance.
     """
 
     x: Tensor
@@ -54,6 +56,7 @@ class Step(NamedTuple):
     grad_y: Tensor | None = None
     grad_mean: Tensor | None = None
     grad_m2: Tensor | None = None
+    eps: float = EPS
 
     def arguments(self) -> tuple[Operands, Train]:
         """As a backend takes them."""
@@ -64,7 +67,19 @@ class Step(NamedTuple):
             used = align(self.weight, self.x, layout)
             used = used if valid is None else torch.where(valid, used, 0)
         activation = None if self.activation is None else Activation(self.activation)
-        return Operands(self.x, self.gamma, self.beta, self.residual, used, valid), Train(layout, EPS, activation)
+        return Operands(self.x, self.gamma, self.beta, self.residual, used, valid), Train(layout, self.eps, activation)
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **options) -> Step:
+    """A step with an affine map, a ReLU and an upstream gradient, unless the options say otherwise."""
+    channels = shape[1]
+    given = {
+        "gamma": (1 + 0.5 * randn(channels, seed=1)).to(dtype),
+        "beta": (0.5 * randn(channels, seed=2)).to(dtype),
+        "activation": "relu",
+        "grad_y": randn(*shape, seed=3).to(dtype),
+    }
+    return Step(randn(*shape, mean=3, std=2).to(dtype), **{**given, **options})
 
 
 class Result(NamedTuple):
@@ -99,7 +114,7 @@ def expected(step: Step, own: slice = slice(None)) -> Result:
     batch = stats(x, weight=w[:, 0])
     n = np.where(batch.count > 0, batch.count, 1).reshape(per_channel)
     centred = x - batch.mean.reshape(per_channel)
-    invstd = 1 / np.sqrt(batch.m2.reshape(per_channel) / n + Wide(EPS))
+    invstd = 1 / np.sqrt(batch.m2.reshape(per_channel) / n + Wide(step.eps))
     z, gamma = centred * invstd, line_up(step.gamma, 1)
     f = (lambda u: u) if step.activation is None else ACTIVATIONS[step.activation]
     u = z * gamma + line_up(step.beta, 0) + residual
@@ -138,7 +153,7 @@ class _Guarded:
         self.buffers.append(buffer)
         return buffer.as_strided(size, stride, _PAD)
 
-    def empty(self, size: Any, dtype: torch.dtype) -> Tensor:
+    def empty(self, size: Any, dtype: torch.dtype, device: str) -> Tensor:
         like = torch.empty(size, device="meta")
         return self._allocate(like.shape, like.stride(), dtype)
 

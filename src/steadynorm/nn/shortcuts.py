@@ -56,15 +56,27 @@ def take_shortcut(layer: "BatchNorm", x: Tensor, residual: Tensor | None) -> tup
     weight, bias, mean = parameters["weight"], parameters["bias"], buffers["running_mean"]
     if (
         not shortcut.fits(x, weight, bias, residual)
+        or not _belong(shortcut.channels, mean, buffers["running_var"])
         or (shortcut.activation is not layer.activation and shortcut.activation != layer.activation)
         or shortcut.spec.eps != layer.eps
-        or shortcut.spec.layout.dim != layer.channel_dim % x.dim()
+        or shortcut.laid_for != _asked(layer)
     ):
         return None
     if mean is not None and not layer.staleness.settled:
         layer.staleness.look(weight, mean, evaluating=False)
     y, table = shortcut.step(x, weight, bias, residual)
     return y, mean is not None and _remember(layer, mean, table)
+
+
+def _asked(layer: "BatchNorm") -> tuple[object, ...]:
+    """What the checks that a shortcut leaves out have looked at."""
+    return layer.channel_dim, layer.num_features, layer.single_value
+
+
+def _belong(channels: int, mean: Tensor | None, var: Tensor | None) -> bool:
+    if mean is None or var is None:
+        return mean is var
+    return mean.shape == var.shape == (channels,) and mean.is_cpu and var.is_cpu
 
 
 def _remember(layer: "BatchNorm", mean: Tensor, table: Tensor) -> Tensor | bool:
@@ -100,5 +112,5 @@ def lay_shortcut(
     check_fit(x, layout, buffers["running_mean"], buffers["running_var"], weight, bias, residual)
     if not Shortcut.serves(operands) or not settings.eps >= 0:
         return None
-    layer.shortcut = Shortcut(operands, Train(layout, settings.eps, settings.activation))
+    layer.shortcut = Shortcut(operands, Train(layout, settings.eps, settings.activation), _asked(layer))
     return take_shortcut(layer, x, residual)

@@ -74,10 +74,15 @@ def backend_for(operands: Operands) -> Backend:
         return reference
     if torch._C._len_torch_dispatch_stack():  # pyright: ignore (a mode looks on, and cannot see what kernels do)
         return reference
-    for t in operands:
-        if t is not None and (type(t) not in _PLAIN or t.layout is not torch.strided or t.is_neg()):
-            return reference
+    if not all(t is None or _is_memory(t) for t in operands):
+        return reference
     return _cpu()
+
+
+def _is_memory(t: Tensor) -> bool:
+    return (
+        type(t) in _PLAIN and t.layout is torch.strided and not t.is_neg() and not t._is_zerotensor()  # pyright: ignore
+    )
 
 
 def readable(gradient: Tensor) -> bool:
@@ -85,13 +90,7 @@ def readable(gradient: Tensor) -> bool:
 
     Nor one whose memory holds the negated values, as the imaginary part of a conjugate does.
     """
-    return (
-        type(gradient) in _PLAIN
-        and gradient.layout is torch.strided
-        and torch._C._has_storage(gradient)  # pyright: ignore
-        and not gradient._is_zerotensor()  # pyright: ignore
-        and not gradient.is_neg()
-    )
+    return _is_memory(gradient) and torch._C._has_storage(gradient)  # pyright: ignore
 
 
 def may_have_kernels(operands: Operands) -> bool:

@@ -160,7 +160,8 @@ def _commit_queued(running: Running, statistics: Statistics, momentum: float | N
 
 def _commit_now(running: Running, statistics: Statistics, momentum: float | None, weighted: bool) -> bool:
     """The same where the host may look: on the CPU a branch costs less than computing both sides of it."""
-    if not only_reference() and committing().committable(*running, statistics.mean, momentum):
+    traced = torch._C._get_tracing_state() is not None  # pyright: ignore (what is traced must be torch's operations)
+    if not (traced or only_reference()) and committing().committable(*running, statistics.mean, momentum):
         table = torch.stack(statistics).double()
         return committing().commit(*running, table, momentum, weighted)
     count = statistics.count[0].item() if statistics.count.numel() else 0.0  # weights are per position: all are equal

@@ -2,9 +2,7 @@
 
 import ctypes
 import os
-import subprocess
 import sys
-import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -19,10 +17,12 @@ from steadynorm.ops.cpu import backend, kernel, plane_kernels
 from steadynorm.ops.cpu.call import Kinds
 from support import threads
 from support_kernels import Result, Step, check, expected, randn, run
+from support_processes import finished, start
 
 # In parts, so that several threads share each channel; fused, one task a channel or a chunk.
 SHAPES = {
     "planes in parts": (5, 1, 101, 103),
+    "planes of two channels in parts": (3, 2, 109, 111),
     "columns in parts": (4099, 16),
     "planes": (2, 33, 25, 25),
     "columns": (140, 500),
@@ -109,6 +109,37 @@ def test_a_kernel_is_compiled_once_however_many_threads_ask_for_it(monkeypatch):
     assert compiled == [kinds]
 
 
+def test_kinds_that_a_kernel_does_not_read_are_no_reason_to_compile_it(monkeypatch):
+    """They are compiled for, and cached, as absent: whichever were asked for first."""
+    compiled = []
+    monkeypatch.setattr(kernel, "_compiled", lambda function, kinds: compiled.append(kinds) or len(compiled))
+    monkeypatch.setattr(kernel, "_runner", lambda address: address)
+    fresh = kernel.Kernel(lambda pointer: None, reads=("memory", "weights"))
+    assert fresh.compile(Kinds("float32", added="float64", mask="uint8", activation="uint16")) == 1
+    assert fresh.compile(Kinds("float32")) == fresh.compile(Kinds("float32", added="float32")) == 1
+    assert fresh.compile(Kinds("float32", weights="float32", mask="uint8")) == 2
+    assert fresh.compile(Kinds("float64", activation="uint32")) == 3
+    assert compiled == [Kinds("float32"), Kinds("float32", weights="float32"), Kinds("float64")]
+    every = kernel.Kernel(lambda pointer: None)
+    for i, name in enumerate(Kinds._fields):
+        assert every.compile(Kinds("float32")._replace(**{name: "float16"})) == 4 + i
+
+
+def test_a_bound_kernel_is_compiled_when_it_first_runs_and_looked_up_no_more(monkeypatch):
+    compiled, ran = [], []
+    monkeypatch.setattr(kernel, "_compiled", lambda function, kinds: compiled.append(kinds))
+    monkeypatch.setattr(kernel, "_runner", lambda address: lambda call, threads: ran.append((call, threads)))
+    fresh, kinds = kernel.Kernel(lambda pointer: None), Kinds("float32")
+    early = fresh.bind(kinds)
+    assert not compiled
+    early("a call", 2)
+    early("another", 1)
+    late = fresh.bind(kinds)
+    late("a third", 3)
+    assert late is fresh.compile(kinds)
+    assert (compiled, ran) == ([kinds], [("a call", 2), ("another", 1), ("a third", 3)])
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_without_an_openmp_runtime_threads_of_python_do_the_work(shape, monkeypatch):
     monkeypatch.setattr(kernel, "openmp", lambda: None)
@@ -161,40 +192,6 @@ def test_other_errors_of_compiling_are_seen(monkeypatch):
     monkeypatch.setattr(kernel, "cfunc", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         kernel._compiled(plane_kernels.measure.function, Kinds("float64"))
-
-
-def start(code: str, **environment: str) -> subprocess.Popen:
-    """Python in a process of its own, with these tests' folder to import from and one OpenMP thread unless told."""
-    path = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(steadynorm.__file__).parents[1])])
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PREAMBLE) + textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def finished(process: subprocess.Popen) -> str:
-    try:
-        output, _ = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        pytest.fail("does not come to an end")
-    assert process.returncode == 0, output
-    return output
-
-
-PREAMBLE = """
-    import sys
-    import torch
-    from steadynorm.ops.cpu import backend, kernel
-    from support_kernels import Result, Step, check, expected, randn, run
-
-    def step(shape, dtype=torch.float32):
-        return Step(randn(*shape, mean=3).to(dtype), activation="relu", grad_y=randn(*shape, seed=3).to(dtype))
-
-    def right(of, n=1):
-        check(run(of, n), expected(of), of.x.dtype)
-"""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the platform does not fork")

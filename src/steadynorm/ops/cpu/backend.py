@@ -188,7 +188,7 @@ class _Step:
     def measure(self, table: Tensor) -> None:
         """Writes the statistics to `table`."""
         read = self.plan.geometry
-        partial = torch.empty(partial_size(read, self.spec, at_once=False), dtype=torch.float64)
+        partial = torch.empty(partial_size(read, self.spec, at_once=False), dtype=torch.float64, device="cpu")
         self.call.partial, self.call.statistics = partial.data_ptr(), table.data_ptr()
         self.run(kernels_of(read).measure, read.chunks * read.parts)
         self.gather(plane_kernels.gathered_statistics)
@@ -208,7 +208,7 @@ class _Step:
             return self.normalize(table)
         y = empty_like(self.x)
         self.call.statistics, self.call.y = table.data_ptr(), y.data_ptr()
-        partial = torch.empty(partial_size(read, self.spec, at_once=True), dtype=torch.float64)
+        partial = torch.empty(partial_size(read, self.spec, at_once=True), dtype=torch.float64, device="cpu")
         self.call.partial = partial.data_ptr()
         self.run(forward_of(read), read.chunks * read.parts)
         return y
@@ -233,14 +233,14 @@ def _readable_by_channel(t: Tensor, x: Tensor) -> Tensor:
 
 def measure(x: Tensor, weight: Tensor | None, layout: Layout) -> Statistics:
     """As `reference.measure`."""
-    table = torch.empty((3, layout.channels), dtype=torch.float64)
+    table = torch.empty((3, layout.channels), dtype=torch.float64, device="cpu")
     _Step(Operands(x, position_weight=weight), Train(layout, 0.0, None)).measure(table)
     return Statistics(*table.unbind())
 
 
 def train(operands: Operands, spec: Train) -> tuple[Tensor, Statistics]:
     """As `reference.train`."""
-    table = torch.empty((3, spec.layout.channels), dtype=torch.float64)
+    table = torch.empty((3, spec.layout.channels), dtype=torch.float64, device="cpu")
     y = _Step(operands, spec).forward(table)
     return y, Statistics(*table.unbind())
 
@@ -267,7 +267,7 @@ def backward(
     table = torch.stack(statistics)
     grad_y = like(grad_y.to(step.x.dtype), step.x)
     grad_x = empty_like(step.x)
-    sums = torch.empty((2, channels), dtype=torch.float64)
+    sums = torch.empty((2, channels), dtype=torch.float64, device="cpu")
     call.statistics, call.sums = table.data_ptr(), sums.data_ptr()
     call.grad_y, call.grad_x = grad_y.data_ptr(), grad_x.data_ptr()
     grad_weight = None if step.weight is None else torch.empty_like(step.weight)
@@ -281,7 +281,7 @@ def backward(
         call.grad_residual = grad_residual.data_ptr()
     kernels = kernels_of(read)
     at_once = over_ranks is None and not spec.constant and (read.parts == 1 or step.plan.at_once)
-    partial = torch.empty(partial_size(read, spec, at_once), dtype=torch.float64)
+    partial = torch.empty(partial_size(read, spec, at_once), dtype=torch.float64, device="cpu")
     call.partial = partial.data_ptr()
     if at_once:
         step.run(backward_of(read), read.chunks * read.parts)

@@ -94,13 +94,13 @@ def words_for(read: Geometry, channels: int) -> int:
     return read.outer * channels * _per(read.inner)
 
 
-def flags(bits: Tensor, read: Geometry, x: Tensor) -> Tensor:
-    """The bits as booleans, one for each element of a tensor like `x`."""
-    places = torch.arange(WORD)
+def flags(bits: Tensor, read: Geometry, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+    """The bits as booleans, one for each element of a dense tensor of that shape behind those strides."""
+    places = torch.arange(WORD, device=bits.device)
     flat = (bits[:, None] >> places & 1).to(torch.bool)
     if read.columns:
         chunks = flat.view(-1, read.chunks, _per(read.chunk) * WORD)[..., : read.chunk]
         flat = chunks.reshape(len(chunks), -1)[:, : read.width]
     else:
         flat = flat.view(-1, _per(read.inner) * WORD)[:, : read.inner]
-    return flat.reshape(-1)[: x.numel()].as_strided(x.shape, x.stride())
+    return flat.reshape(-1)[: shape.numel()].as_strided(shape, strides)

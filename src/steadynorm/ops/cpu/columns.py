@@ -259,6 +259,7 @@ def spread(a, first, last, begin, end, per_column, scratch):  # pragma: no cover
     centre, scale, shift = kth(per_column, 0, n), kth(per_column, 1, n), kth(per_column, 2, n)
     ac, k1, k0 = kth(per_column, 3, n), kth(per_column, 4, n), kth(per_column, 5, n)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
+    pulled = a.sums != 0  # else the statistics are constants, and d may be infinite
     size = a.outer * a.channels * a.inner
     x, grad_y = array_at(a.x, size, a.memory), array_at(a.grad_y, size, a.memory)
     grad_x, residual = array_at(a.grad_x, size, a.memory), array_at(a.residual, size, a.added)
@@ -282,7 +283,7 @@ def spread(a, first, last, begin, end, per_column, scratch):  # pragma: no cover
             d = load(xs, j) - centre[j]
             z = d * scale[j] + shift[j] + addend_at(a.activation, a.memory, rs, j)
             g = pull_at(a.activation, scratch, j, z, load(gs, j), slope, cap)
-            taken = k1[j] * d + k0[j]
+            taken = k1[j] * d + k0[j] if pulled else zero
             if present(a.weights):
                 taken = taken * w if w > zero else zero
             store(dxs, j, ac[j] * (g - taken))

@@ -29,7 +29,7 @@ def committable(
 ) -> bool:
     """Whether buffers and statistics are memory that the kernel can write and read."""
     return (
-        (tracked is not None or momentum is not None)
+        (tracked is not None if momentum is None else momentum >= 0)
         and mean.dtype in _GREATEST
         and mean.dtype == var.dtype
         and type(mean) is Tensor
@@ -40,6 +40,8 @@ def committable(
         and mean.numel() == var.numel() == table.shape[-1]
         and mean.is_contiguous()
         and var.is_contiguous()
+        and not (mean.is_neg() or var.is_neg())
+        and (torch.is_inference_mode_enabled() or not (mean.is_inference() or var.is_inference()))
         and (tracked is None or _is_counter(tracked))
         and (rejected is None or _is_counter(rejected))
     )

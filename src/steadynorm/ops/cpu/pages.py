@@ -60,7 +60,7 @@ class Pool:
         lent.block = view.obj  # pyright: ignore[reportAttributeAccessIssue]
         self._lent[id(lent)] = lent
         storage = torch.frombuffer(view, dtype=dtype, count=count).untyped_storage()
-        return torch.empty(0, dtype=dtype).set_(storage, 0, size, stride)
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, size, stride)
 
     def kept(self) -> int:
         """Bytes of free blocks."""

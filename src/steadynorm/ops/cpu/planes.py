@@ -155,6 +155,7 @@ def spread(a, c, start, stop, scratch, numbers):  # pragma: no cover
     centre, scale, shift = _of_channel(a, c, numbers, False)
     ac, k1, k0 = _of_channel(a, c, numbers, True)
     slope, cap, zero = narrow(a.memory, a.slope), narrow(a.memory, a.cap), narrow(a.memory, 0.0)
+    pulled = a.sums != 0  # else the statistics are constants, and d may be infinite
     size, positions = a.outer * a.channels * a.inner, a.outer * a.inner
     x, grad_y, grad_x = (
         array_at(a.x, size, a.memory),
@@ -174,7 +175,7 @@ def spread(a, c, start, stop, scratch, numbers):  # pragma: no cover
             d = load(xs, j) - centre
             z = d * scale + shift + addend_at(a.activation, a.memory, rs, j)
             g = pull_at(a.activation, scratch, j, z, load(gs, j), slope, cap)
-            taken = k1 * d + k0
+            taken = k1 * d + k0 if pulled else zero
             if present(a.weights):
                 w = load(ws, j)
                 taken = taken * w if w > zero else zero

@@ -39,6 +39,7 @@ class Shortcut:
         operands: What the step was called with that has passed the checks; without weights and mask, and such as
             `serves`.
         spec: Its settings.
+        laid_for: Whatever else the layer must ask for again; compared by the layer.
     """
 
     @staticmethod
@@ -52,9 +53,9 @@ class Shortcut:
             and (residual is None or residual.dtype in (x.dtype, computed))
         )
 
-    def __init__(self, operands: Operands, spec: Train) -> None:
+    def __init__(self, operands: Operands, spec: Train, laid_for: tuple[object, ...] = ()) -> None:
         x, residual = operands.x, operands.residual
-        self.spec, self.activation = spec, spec.activation
+        self.spec, self.activation, self.laid_for = spec, spec.activation, laid_for
         self.shape, self.strides, self.dtype = x.shape, x.stride(), x.dtype
         self.residual = None if residual is None else residual.dtype
         self.affine = computing_dtype(x)
@@ -100,18 +101,36 @@ class Shortcut:
             type(residual) in _PLAIN
             and residual.is_cpu
             and not residual.is_neg()
+            and not residual._is_zerotensor()  # pyright: ignore
             and residual.shape == self.shape
             and residual.stride() == self.strides
             and residual.dtype == self.residual
         ):
             return False
-        return x.is_cpu and not x.is_neg() and self.threads == threads_for(x.numel())
+        if not x.is_cpu or x.is_neg() or x._is_zerotensor():  # pyright: ignore
+            return False
+        return self.threads == threads_for(x.numel())
+
+    def has_back(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None) -> bool:
+        """Whether saved tensors are as they were: hooks may have brought them back in other memory."""
+        as_kept = kept is None or (
+            (kept.is_contiguous() if self.bits else kept.stride() == self.strides)
+            and kept.dtype == (torch.int64 if self.bits else self.residual)
+            and kept.is_cpu
+        )
+        return (
+            as_kept
+            and x.stride() == self.strides
+            and x.dtype == self.dtype
+            and x.is_cpu
+            and all(t is None or (t.is_contiguous() and t.is_cpu and t.dtype == self.affine) for t in (weight, bias))
+        )
 
     def step(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """y, and the batch's statistics (3, C)."""
-        table = torch.empty((3, self.channels), dtype=torch.float64)
+        table = torch.empty((3, self.channels), dtype=torch.float64, device="cpu")
         return _apply(x, weight, bias, residual, self, table), table
 
 
@@ -137,11 +156,11 @@ class _Step(torch.autograd.Function):
             call.residual = residual.data_ptr()
         call.tasks = shortcut.tasks
         if shortcut.partial:
-            partial = torch.empty(shortcut.partial, dtype=torch.float64)
+            partial = torch.empty(shortcut.partial, dtype=torch.float64, device="cpu")
             call.partial = partial.data_ptr()
         kept = residual if shortcut.keeps_residual else None
         if shortcut.bits:
-            kept = torch.empty(shortcut.bits, dtype=torch.int64)
+            kept = torch.empty(shortcut.bits, dtype=torch.int64, device="cpu")
             call.bits = kept.data_ptr()
         shortcut.forward(call, shortcut.threads)
         ctx.shortcut = shortcut
@@ -152,10 +171,11 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         shortcut: Shortcut = ctx.shortcut
         x, weight, bias, kept, table = ctx.saved_tensors
-        if torch.is_grad_enabled() or grad_y.stride() != shortcut.strides or not readable(grad_y):
+        straight = grad_y.stride() == shortcut.strides and readable(grad_y) and shortcut.has_back(x, weight, bias, kept)
+        if torch.is_grad_enabled() or not straight:
             return _the_long_way(shortcut, grad_y, Operands(x, weight, bias, kept), table)
         call = Call.from_buffer_copy(shortcut.call)
-        sums = torch.empty((2, shortcut.channels), dtype=torch.float64)
+        sums = torch.empty((2, shortcut.channels), dtype=torch.float64, device="cpu")
         grad_x = shortcut.empty_like(x)
         grad_weight = grad_bias = grad_residual = None
         call.x, call.grad_y, call.grad_x = x.data_ptr(), grad_y.data_ptr(), grad_x.data_ptr()
@@ -175,7 +195,7 @@ class _Step(torch.autograd.Function):
             call.grad_residual = grad_residual.data_ptr()
         call.tasks = shortcut.tasks
         if shortcut.partial:
-            partial = torch.empty(shortcut.partial, dtype=torch.float64)
+            partial = torch.empty(shortcut.partial, dtype=torch.float64, device="cpu")
             call.partial = partial.data_ptr()
         shortcut.backward(call, threads_for(x.numel()))  # there may be fewer by now, as after a fork
         if shortcut.adds_last:
@@ -191,7 +211,7 @@ def _the_long_way(shortcut: Shortcut, grad_y: Tensor, operands: Operands, table:
     """For a derivative of the derivative, and for gradients that kernels cannot read as they are."""
     spec = shortcut.spec
     if shortcut.bits and operands.residual is not None:  # the activation has been told: what is left is an affine map
-        rises = flags(operands.residual, shortcut.geometry, operands.x)
+        rises = flags(operands.residual, shortcut.geometry, shortcut.shape, shortcut.strides)
         slope = shortcut.call.slope
         grad_y = torch.where(rises, grad_y, grad_y * slope if slope else 0)
         operands, spec = operands._replace(residual=None), spec._replace(activation=None)
