@@ -51,6 +51,15 @@ def test_the_same_threads_give_the_same_bits(shape, n):
         assert all(torch.equal(a, b) for a, b in zip(bits_of(run(step, n)), bits_of(first), strict=True))
 
 
+@pytest.mark.parametrize("n", [2, 4])
+def test_no_thread_normalises_before_all_statistics_are_there(n):
+    """One channel's sums overflow, so that it is measured again while the threads of the other have nothing to do."""
+    step = step_of(SHAPES["planes of two channels in parts"])
+    step.x[0, 0, 0, 0] = 1e25
+    for _ in range(5):
+        assert run(step, n).y.isfinite().all()  # what is not there yet is NaN
+
+
 def test_as_many_threads_as_torch_has_at_each_call(monkeypatch):
     """And one for small inputs, where waking another takes as long as the work."""
     asked = []
