@@ -21,6 +21,21 @@ PREAMBLE = """
 
     def right(of, n=1):
         check(run(of, n), expected(of), of.x.dtype)
+
+    def cache_hits():
+        # A list that fills: for each kernel, whether it was loaded (1) or compiled.
+        found, before = [], kernel.cfunc
+
+        def counting(*args, **options):
+            def build(function):
+                built = before(*args, **options)(function)
+                found.append(built.cache_hits)
+                return built
+
+            return build
+
+        kernel.cfunc = counting
+        return found
 """
 
 

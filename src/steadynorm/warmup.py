@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from steadynorm.ops.cpu import column_kernels, plane_kernels
     from steadynorm.ops.cpu.backend import way_of
     from steadynorm.ops.cpu.call import KINDS, Kinds
+    from steadynorm.ops.cpu.shortcut import way_after_residual
 
     parser = argparse.ArgumentParser(
         prog="python -m steadynorm.warmup",
@@ -53,13 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     fused = [None if name == "none" else activations.Activation(name) for name in chosen.activation]
     started, kernels = time.perf_counter(), 0
-    ways = {(dtype, way_of(f, getattr(torch, dtype), weighted=False)[0]) for dtype, f in product(chosen.dtype, fused)}
-    for (dtype, way), residual, module in product(sorted(ways), (False, True), (plane_kernels, column_kernels)):
-        memory = KINDS[getattr(torch, dtype)]
-        kinds = Kinds(memory, memory if residual else "", activation=way)
+    wanted: set[Kinds] = set()
+    for dtype, activation in product([getattr(torch, name) for name in chosen.dtype], fused):
+        plain, memory = way_of(activation, dtype, weighted=False)[0], KINDS[dtype]
+        # After a residual a layer may keep bits; `functional.batch_norm` and compiled graphs keep the residual.
+        wanted |= {Kinds(memory, added, activation=plain) for added in ("", memory)}
+        wanted.add(Kinds(memory, memory, activation=way_after_residual(activation, dtype)[0]))
+    for kinds, module in product(sorted(wanted), (plane_kernels, column_kernels)):
         for kernel in (module.forward, module.backward, module.forward_in_parts, module.backward_in_parts):
             if sys.stderr.isatty():
-                print(f"\r{kernels + 1} kernels, {dtype}", end="", file=sys.stderr, flush=True)  # noqa: T201
+                print(f"\r{kernels + 1} of {8 * len(wanted)} kernels", end="", file=sys.stderr, flush=True)  # noqa: T201
             kernel.compile(kinds)
             kernels += 1
     if sys.stderr.isatty():

@@ -20,7 +20,7 @@ from steadynorm.ops import reference
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
 
-__all__ = ["Backend", "backend_for", "may_have_kernels", "only_reference", "readable", "reference_only"]
+__all__ = ["Backend", "backend_for", "committing", "may_have_kernels", "only_reference", "readable", "reference_only"]
 
 
 class Backend(Protocol):

@@ -42,15 +42,7 @@ def test_another_kernel_compiled_before_changes_no_bit(tmp_path):
     from steadynorm.ops.cpu import column_kernels, plane_kernels
     from steadynorm.ops.cpu.call import BENT, RELU, Kinds
 
-    compiled = []
-    before = kernel.cfunc
-    def counting(*args, **options):
-        def build(function):
-            built = before(*args, **options)(function)
-            compiled.append(built.cache_hits)
-            return built
-        return build
-    kernel.cfunc = counting
+    compiled = cache_hits()
     if {first}:
         plane_kernels.forward.compile(Kinds("float32", activation=BENT))
     else:

@@ -254,15 +254,7 @@ def test_two_processes_that_fill_one_cache_at_once(tmp_path):
     for process in both:
         finished(process)
     count = """
-    compiled = []
-    before = kernel.cfunc
-    def counting(*args, **options):
-        def build(function):
-            built = before(*args, **options)(function)
-            compiled.append(built.cache_hits)
-            return built
-        return build
-    kernel.cfunc = counting
+    compiled = cache_hits()
     for dtype in (torch.float32, torch.float64):
         right(step((8, 5, 4), dtype))
     print(compiled)

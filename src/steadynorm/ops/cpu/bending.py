@@ -17,7 +17,7 @@ from numba import types
 
 from steadynorm.ops.cpu.bits import pack, unpack
 from steadynorm.ops.cpu.call import KEPT, RELU, SMOOTH
-from steadynorm.ops.cpu.compiling import overload
+from steadynorm.ops.cpu.compiling import compiled, overload
 from steadynorm.ops.cpu.memory import ABSENT, load, narrow, of_column, room
 
 __all__ = ["addend_at", "keep_bits", "prepare_pulls", "prepare_values", "pull_at", "scratch_for", "value_at"]
@@ -128,6 +128,19 @@ def _addend_at(activation, memory, rs, j):
     return lambda activation, memory, rs, j: narrow(memory, load(rs, j))
 
 
+@compiled
+def _sloped(value, slope):  # pragma: no cover
+    """slope * value, and 0 for a slope of 0, of an infinite value too."""
+    zero = narrow(slope, 0.0)
+    return slope * value if slope != zero else zero
+
+
+@compiled
+def _bent(z, slope, cap):  # pragma: no cover
+    value = _sloped(z, slope) if z < narrow(slope, 0.0) else z  # NaN stays NaN
+    return cap if value > cap else value
+
+
 @overload(value_at)
 def _value_at(activation, scratch, j, z, slope, cap):
     if activation == _SMOOTH:
@@ -143,23 +156,14 @@ def _value_at(activation, scratch, j, z, slope, cap):
 
         return rectified
 
-    def bent(activation, scratch, j, z, slope, cap):
-        zero = narrow(slope, 0.0)
-        below = slope * z if slope != zero else zero  # at -inf, too
-        value = below if z < zero else z  # NaN stays NaN
-        return cap if value > cap else value
-
     if activation == _KEPT:
 
         def bent_and_kept(activation, scratch, j, z, slope, cap):
             scratch[j] = z
-            zero = narrow(slope, 0.0)
-            below = slope * z if slope != zero else zero
-            value = below if z < zero else z
-            return cap if value > cap else value
+            return _bent(z, slope, cap)
 
         return bent_and_kept
-    return bent
+    return lambda activation, scratch, j, z, slope, cap: _bent(z, slope, cap)
 
 
 @overload(pull_at)
@@ -178,16 +182,13 @@ def _pull_at(activation, scratch, j, z, g, slope, cap):
 
     def bent(activation, scratch, j, z, g, slope, cap):
         zero = narrow(slope, 0.0)
-        below = slope * g if slope != zero else zero  # of an infinite g, too
-        rising = g if z > zero else below
+        rising = g if z > zero else _sloped(g, slope)
         return zero if z >= cap else rising
 
     if activation == _KEPT:
 
         def by_what_was_kept(activation, scratch, j, z, g, slope, cap):
-            zero = narrow(slope, 0.0)
-            below = slope * g if slope != zero else zero
-            return g if scratch[j] > zero else below
+            return g if scratch[j] > 0 else _sloped(g, slope)
 
         return by_what_was_kept
 

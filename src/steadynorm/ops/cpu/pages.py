@@ -21,7 +21,7 @@ from torch import Tensor
 __all__ = ["LIMIT_NAME", "Pool", "empty_like", "is_large"]
 
 LIMIT_NAME: Final = "STEADYNORM_KEPT_MB"
-"""The environment variable for the MB of free blocks that are kept at most; unset, an eighth of memory; 0 for none."""
+"""The environment variable for the MiB of free blocks that are kept at most; unset, an eighth of memory; 0 for none."""
 
 _LARGE: Final = 1 << 22  # bytes: below it the C library mostly has memory that was used before
 _SHARE: Final = 8
@@ -40,7 +40,7 @@ class Pool:
     """Blocks of memory by size, lent to tensors.
 
     Tensors may die in any thread and at any moment, in the middle of these methods too: what is shared is changed by
-    single operations of lists and dicts alone.
+    single operations of lists and dicts alone, and looked through in copies.
 
     Args:
         limit: How many bytes of free blocks are kept; what is beyond goes back to the system, the size least recently
@@ -64,7 +64,7 @@ class Pool:
 
     def kept(self) -> int:
         """Bytes of free blocks."""
-        return sum([size * len(blocks) for size, blocks in list(self._free.items())])
+        return sum([size * len(blocks) for size, blocks in self._free.copy().items()])
 
     def _block(self, size: int) -> mmap.mmap:
         try:
@@ -85,7 +85,7 @@ class Pool:
             self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        for blocks in list(self._free.values()):
+        for blocks in self._free.copy().values():
             try:
                 blocks.pop(0)
             except IndexError:

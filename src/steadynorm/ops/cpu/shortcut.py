@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steadynorm.activations import Activation
 from steadynorm.ops.autograd import differentiable_backward
 from steadynorm.ops.backends import readable
 from steadynorm.ops.cpu.backend import (
@@ -27,9 +28,17 @@ from steadynorm.ops.cpu.kernel import threads_for
 from steadynorm.ops.cpu.pages import empty_like, is_large
 from steadynorm.ops.reference import Operands, Statistics, Train
 
-__all__ = ["Shortcut"]
+__all__ = ["Shortcut", "way_after_residual"]
 
 _PLAIN = (Tensor, nn.Parameter)
+
+
+def way_after_residual(activation: Activation | None, dtype: torch.dtype) -> tuple[str, dict[str, float]]:
+    """As `way_of`, for a layer that adds a residual before: a kink is kept in bits, whatever else it could be."""
+    if activation is None:
+        return way_of(None, dtype, weighted=False)
+    way, numbers = way_of(activation, dtype, weighted=True)  # the way that has a slope and a cap
+    return (KEPT if way == BENT else way), numbers
 
 
 class Shortcut:
@@ -65,17 +74,15 @@ class Shortcut:
         read = plan.geometry
         kinds, self.call, self.bits = plan.kinds, plan.template, 0
         # What is added last has the output's own gradient: its values are needed only to differentiate an activation,
-        # and where that is straight but for a kink, a bit for each.
-        self.keeps_residual = residual is not None and spec.activation is not None
-        if residual is not None and spec.activation is not None:
-            way, numbers = way_of(spec.activation, x.dtype, weighted=True)
-            if way == BENT:
-                self.bits, self.keeps_residual = words_for(read, self.channels), False
-                kinds = kinds._replace(activation=KEPT)
-                self.call = Call.from_buffer_copy(plan.template)
-                self.call.slope, self.call.cap = numbers["slope"], numbers["cap"]
-        self.forward = forward_of(read).bind(kinds)
+        # and where that is straight but for its kinks, a bit for each.
         self.adds_last = residual is not None and spec.activation is None
+        way, numbers = way_after_residual(spec.activation, x.dtype)
+        if residual is not None and way == KEPT:
+            self.bits, kinds = words_for(read, self.channels), kinds._replace(activation=KEPT)
+            self.call = Call.from_buffer_copy(plan.template)
+            self.call.slope, self.call.cap = numbers["slope"], numbers["cap"]
+        self.keeps_residual = residual is not None and not (self.adds_last or self.bits)
+        self.forward = forward_of(read).bind(kinds)
         self.backward = backward_of(read).bind(kinds._replace(added="") if self.adds_last else kinds)
         self.geometry, self.at_once = read, read.parts == 1 or plan.at_once
         self.partial = partial_size(read, spec, at_once=True)
