@@ -5,6 +5,7 @@ from . import functional as functional
 from . import init as init
 from . import nn as nn
 from . import report as report
+from . import shift as shift
 from .experiment import compare as compare
 from .moments import Moments as Moments
 from .nn import BatchNorm1d as BatchNorm1d
@@ -42,6 +43,7 @@ __all__ = [
     "nn",
     "no_commit",
     "report",
+    "shift",
     "sync_",
     "unfreeze_",
 ]

@@ -1,7 +1,7 @@
-"""The command line: `steadynorm compare`, `steadynorm explain`.
+"""The command line: `steadynorm compare`, `steadynorm explain`, `steadynorm shift`.
 
-Exit codes: 0 done; 2 bad input, with one line saying what was wrong and what to do; 130 interrupted (what was finished
-is kept).
+Exit codes: 0 done; 1 a shift, where `--fail-on-shift` asks for it; 2 bad input, with one line saying what was wrong and
+what to do; 130 interrupted (what was finished is kept).
 """
 
 import json
@@ -156,6 +156,79 @@ def compare(
     if comparison.results["status"] == "interrupted":
         typer.echo(f"\nInterrupted. What has finished is in {out}; the same command goes on from there.", err=True)
         raise typer.Exit(130)
+
+
+@app.command(
+    epilog="Examples:  steadynorm shift train.parquet today.csv   |   "
+    "steadynorm shift 'train/*.parquet' 'serving/*.parquet' --out shift.html   |   "
+    "steadynorm shift photos/train photos/today   |   "
+    "steadynorm shift train.csv today.csv --type zip=categorical --fail-on-shift --json"
+)
+def shift(
+    reference: Annotated[
+        str,
+        typer.Argument(
+            help="What the model was trained on: a path or glob of CSV, TSV, Parquet, JSON-lines or Arrow files, an "
+            ".npy or .npz file, a folder of images, or URL::TABLE, a table that Ibis can name."
+        ),
+    ],
+    current: Annotated[str, typer.Argument(help="What it meets now, any of the same.")],
+    tolerance: Annotated[float, typer.Option(help="The effect that does not matter yet, in deviations.")] = 0.1,
+    confidence: Annotated[float, typer.Option(help="That all intervals together hold.")] = 0.95,
+    columns: Annotated[str | None, typer.Option(help="Compare these columns only, separated by commas.")] = None,
+    types: Annotated[
+        list[str] | None,
+        typer.Option("--type", help="NAME=KIND: numeric, categorical, boolean, time or text. May be repeated."),
+    ] = None,
+    sample: Annotated[int, typer.Option(help="Rows a side for ranks, distances and the classifier.")] = 200_000,
+    classifier_rows: Annotated[int, typer.Option(help="Rows a side for the domain classifier; 0: none.")] = 5_000,
+    seed: Annotated[int, typer.Option(help="Of the sample, the classifier and its permutations.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the report to this HTML file.")] = None,
+    fail_on_shift: Annotated[
+        bool, typer.Option("--fail-on-shift", help="Exit with 1 if the verdict is shifted.")
+    ] = False,
+    as_json: Annotated[bool, _JSON] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Compare the data that a model was trained on with the data that it meets now.
+
+    Each feature is judged by how large its shift is, with an interval, against a tolerance; a classifier looks at all
+    of them together.
+    """
+    report = sn.shift.compare(
+        reference,
+        current,
+        tolerance=tolerance,
+        confidence=confidence,
+        types=_types(types or []),
+        columns=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
+        sample=sample,
+        classifier_rows=classifier_rows,
+        seed=seed,
+        progress=not quiet and sys.stderr.isatty(),
+    )
+    if out is not None:
+        report.write_html(out)
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    else:
+        from steadynorm.report.shift import print_shift
+
+        print_shift(report.to_dict())
+        if out is not None:
+            typer.echo(f"Report: {out}")
+    if fail_on_shift and report.verdict == "shifted":
+        raise typer.Exit(1)
+
+
+def _types(given: list[str]) -> dict[str, Any]:
+    types: dict[str, Any] = {}
+    for text in given:
+        name, sign, kind = text.rpartition("=")
+        if not (name and sign and kind):
+            raise ArgumentError(f"--type must be NAME=KIND, such as zip=categorical, got {text!r}.")
+        types[name] = kind
+    return types
 
 
 def _arms(text: str) -> "tuple[Arm, ...]":

@@ -1,19 +1,15 @@
 """The page in a real browser: that the charts draw, the console is clean, and nothing runs off a phone's side."""
 
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from steadynorm.report import write_html
 from steadynorm.report.schema import Results
+from support_browser import chromium, load
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CHARTS = 14
 
 pytestmark = pytest.mark.browser
@@ -43,26 +39,9 @@ new Promise(done => {
 """
 
 
-def load(name: str) -> ModuleType:
-    """A script from benchmarks/, which is no package."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    chromium = load("chromium")
-    executable = chromium.find_chromium()
-    if executable is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI has to open the report in a Chromium, and there is none on the PATH: install one there")
-        pytest.skip(f"no Chromium on the PATH (looked for {', '.join(chromium.NAMES)})")
-    with chromium.Chromium(executable) as process:
+    with chromium() as process:
         yield process
 
 

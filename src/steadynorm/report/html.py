@@ -30,7 +30,7 @@ from steadynorm.report.wording import (
     rate_range,
 )
 
-__all__ = ["environment", "render_html", "write_html"]
+__all__ = ["environment", "render_html", "write_html", "write_page"]
 
 
 _SIGNS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "cross": "✚", "star": "★"}
@@ -64,7 +64,20 @@ def write_html(results: Results, path: str | os.PathLike[str]) -> Path:
     Raises:
         DataError: the results are of another schema.
     """
-    page, target = render_html(results), Path(path)
+    return write_page(render_html(results), path)
+
+
+def write_page(page: str, path: str | os.PathLike[str]) -> Path:
+    """Writes a page beside its place and renames it, so that a reader never meets half of one.
+
+    Args:
+        page: the whole HTML.
+        path: where to write; folders are made as needed.
+
+    Returns:
+        The path written.
+    """
+    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -8,7 +8,7 @@ from typing import cast
 from steadynorm.errors import DataError
 from steadynorm.report.schema import SCHEMA_VERSION, Results
 
-__all__ = ["check_schema", "to_json"]
+__all__ = ["check_schema", "strict_json", "to_json"]
 
 
 def _non_finite(value: object, path: str) -> Iterator[str]:
@@ -39,10 +39,29 @@ def to_json(results: Results) -> str:
         >>> json.loads(to_json({"schema": 1, "target": 0.95}))
         {'schema': 1, 'target': 0.95}
     """
-    bad = next(_non_finite(results, ""), None)
+    return strict_json(results)
+
+
+def strict_json(data: Mapping[str, object]) -> str:
+    """Plain data as strict JSON.
+
+    Args:
+        data: nested mappings, sequences, texts, numbers and None.
+
+    Returns:
+        The text, with one space of indentation and a newline at its end.
+
+    Raises:
+        DataError: a figure is NaN or infinite; a missing figure must be None.
+
+    Example:
+        >>> strict_json({"a": None})
+        '{\\n "a": null\\n}\\n'
+    """
+    bad = next(_non_finite(data, ""), None)
     if bad is not None:
         raise DataError(f"results must hold finite figures only, and None for a missing one, but {bad}.")
-    return json.dumps(results, allow_nan=False, ensure_ascii=False, indent=1) + "\n"
+    return json.dumps(data, allow_nan=False, ensure_ascii=False, indent=1) + "\n"
 
 
 def check_schema(results: Results) -> None:

@@ -1,9 +1,7 @@
 """A folder of images, one sub-folder per class, optionally below train/ and test/."""
 
-import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
 
 import numpy as np
 import torch
@@ -11,17 +9,9 @@ from numpy.typing import NDArray
 
 from steadynorm.errors import DataError
 from steadynorm.experiment.data.labelled import LabelledData, check_size
+from steadynorm.files.images import SUFFIXES, is_image, read_image
 
-__all__ = ["is_image", "read_folder"]
-
-_SUFFIXES: Final = frozenset(
-    (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm")
-)
-
-
-def is_image(path: Path) -> bool:
-    """Whether a file's name ends like an image's."""
-    return path.suffix.lower() in _SUFFIXES
+__all__ = ["read_folder"]
 
 
 def read_folder(folder: Path) -> LabelledData:
@@ -78,7 +68,7 @@ def _files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
         files = sorted(path for path in (folder / name).iterdir() if is_image(path) and not path.name.startswith("."))
         if not files:
             raise DataError(
-                f"{folder / name}: every class folder must hold images ({', '.join(sorted(_SUFFIXES))}) directly, "
+                f"{folder / name}: every class folder must hold images ({', '.join(sorted(SUFFIXES))}) directly, "
                 "found none in this one. Add some, or remove the folder."
             )
         found += [(path, label) for path in files]
@@ -87,11 +77,11 @@ def _files(folder: Path, classes: tuple[str, ...]) -> list[tuple[Path, int]]:
 
 def _pixels(files: list[Path]) -> NDArray[np.float32]:
     """(N, C, H, W) in [0, 1]: C = 1 as long as every image is grey, else 3."""
-    height, width, channels = _read(files[0]).shape
+    height, width, channels = read_image(files[0]).shape
     check_size(len(files) * channels * height * width, str(files[0].parent.parent))
     pixels = np.empty((len(files), channels, height, width), np.float32)
     for i, path in enumerate(files):
-        image = _read(path)
+        image = read_image(path)
         if image.shape[:2] != (height, width):
             raise DataError(
                 f"{path}: all images must have one size, {width} x {height} as {files[0]}, "
@@ -102,33 +92,6 @@ def _pixels(files: list[Path]) -> NDArray[np.float32]:
             pixels = np.repeat(pixels, 3, axis=1)
         pixels[i] = image.transpose(2, 0, 1)
     return pixels
-
-
-def _read(path: Path) -> NDArray[np.float32]:
-    """(H, W, 1) of a grey image or (H, W, 3) of any other, in [0, 1]."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            if mode.startswith("I;16"):  # Pillow's own conversion cuts 16-bit values off at 255
-                return _scaled(np.asarray(image), 65535)[..., None]
-            if mode in ("1", "L", "LA"):
-                return _scaled(np.asarray(image.convert("L")), 255)[..., None]
-            if mode not in ("I", "F"):
-                return _scaled(np.asarray(image.convert("RGB")), 255)
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{path}: {error} Use smaller images.") from error
-    # A damaged file makes Pillow's decoders raise any of these.
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error) as error:
-        raise DataError(
-            f"{path}: cannot be read as an image: {type(error).__name__}: {error}. Replace or remove the file."
-        ) from error
-    raise DataError(f"{path}: 8 or 16 bits per channel are required, got mode {mode!r}. Save it with 8 bits.")
-
-
-def _scaled(image: NDArray[Any], largest: int) -> NDArray[np.float32]:
-    return np.divide(image, np.float32(largest), dtype=np.float32)
 
 
 def _some(names: Iterable[str]) -> str:

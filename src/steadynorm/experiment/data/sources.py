@@ -10,8 +10,10 @@ from torch.utils.data import Dataset
 
 from steadynorm.errors import DataError
 from steadynorm.experiment import user_code
-from steadynorm.experiment.data import arrays, columns, idx, images, tables
+from steadynorm.experiment.data import arrays, idx, images, tables
 from steadynorm.experiment.data.labelled import LabelledData
+from steadynorm.files.images import is_image
+from steadynorm.files.tables import SUFFIXES, is_table
 
 __all__ = ["Source", "load"]
 
@@ -21,7 +23,7 @@ Source: TypeAlias = (
 
 _ACCEPTED: Final = (
     '"digits"; a folder of MNIST-style idx files; a folder of images with one sub-folder per class; '
-    f'a table ({", ".join(columns.SUFFIXES)}, also .gz); an .npz file; or a factory "pkg.mod:function"'
+    f'a table ({", ".join(SUFFIXES)}, also .gz); an .npz file; or a factory "pkg.mod:function"'
 )
 
 
@@ -79,8 +81,8 @@ def load(source: Source, *, label: str | None = None) -> LabelledData:
 
 def _from_text(text: str, label: str | None) -> LabelledData:
     path = Path(text).expanduser()
-    if label is not None and not columns.is_table(path):
-        raise DataError(f"label= names the column of a table file ({', '.join(columns.SUFFIXES)}), got {text!r}.")
+    if label is not None and not is_table(path):
+        raise DataError(f"label= names the column of a table file ({', '.join(SUFFIXES)}), got {text!r}.")
     if text == "digits":
         return _digits()
     if path.is_dir():
@@ -94,11 +96,11 @@ def _from_text(text: str, label: str | None) -> LabelledData:
 
 
 def _from_file(path: Path, label: str | None) -> LabelledData:
-    if columns.is_table(path):
+    if is_table(path):
         return tables.read(path, label)
     if path.suffix.lower() == ".npz":
         return arrays.read_npz(path)
-    hint = " Pass the folder that it lies in." if "ubyte" in path.name or images.is_image(path) else ""
+    hint = " Pass the folder that it lies in." if "ubyte" in path.name or is_image(path) else ""
     raise DataError(
         f"{path}: a file of this kind ({path.suffix or 'no suffix'}) cannot be read.{hint} Data is {_ACCEPTED}."
     )
