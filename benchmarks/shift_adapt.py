@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from corruptions import CONSTANTS, MEANING, REPORTED, SEVERITIES, VALIDATION, corrupt, corruptions_for
 from shift_models import CACHE, DATA, MODELS, accuracy, remeasured, trained
 from steadynorm.experiment.environment import describe
-from steadynorm.shift.adapt import PRIOR, adapt_
+from steadynorm.shift.adapting.adaptation import PRIOR, adapt_
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = ROOT / "docs" / "measured" / "adapt.json"

@@ -32,12 +32,12 @@ from shift_monitor_cost import cost
 from shift_monitor_peers import peers
 from shift_monitor_tables import tables
 from steadynorm.experiment.stats import mean_interval
-from steadynorm.shift.calibration import Calibration, LayerReference, fit_calibration, fit_gaussian, t_squared
-from steadynorm.shift.collecting import clean_features, collect
-from steadynorm.shift.embedding import fit_projection
 from steadynorm.shift.layers import bn_layers
-from steadynorm.shift.resampling import draw, pseudo_means
-from steadynorm.shift.sequential import e_value, p_value, shiryaev_roberts
+from steadynorm.shift.watching.calibration import Calibration, LayerReference, fit_calibration, fit_gaussian, t_squared
+from steadynorm.shift.watching.collecting import clean_features, collect
+from steadynorm.shift.watching.embedding import fit_projection
+from steadynorm.shift.watching.resampling import draw, pseudo_means
+from steadynorm.shift.watching.sequential import e_value, p_value, shiryaev_roberts
 
 Floats = npt.NDArray[np.float64]
 Features = dict[str, Floats]

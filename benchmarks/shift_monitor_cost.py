@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from steadynorm.experiment.stats import median_interval
-from steadynorm.shift.monitor import Monitor
+from steadynorm.shift.watching.monitor import Monitor
 
 PAIRS = 60
 

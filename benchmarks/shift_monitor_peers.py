@@ -6,7 +6,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from steadynorm.shift.embedding import fit_projection
+from steadynorm.shift.watching.embedding import fit_projection
 
 Floats = npt.NDArray[np.float64]
 Features = dict[str, Floats]

@@ -1,7 +1,8 @@
 """Writes what was measured of covariate shift into docs/guides/shift.md, between its marks.
 
     python benchmarks/shift_tables.py
-    python benchmarks/shift_scale.py
+    python benchmarks/shift_scale.py --rows 10000000 --command compare --out docs/measured/shift-scale.json
+    python examples/covariate_shift.py > docs/measured/shift-remedies.txt
     python benchmarks/shift_pages.py
 
 A test checks that the page says what the files in docs/measured/ do.
@@ -67,11 +68,13 @@ def power_table(results: dict[str, Any]) -> str:
 
 
 def scale_table(results: list[dict[str, Any]]) -> str:
-    """Seconds and memory by the size of the tables."""
-    lines = ["| rows a side | columns | seconds | peak memory |", "| --- | --- | --- | --- |"]
+    """Seconds and memory of a whole comparison, by the size of the tables."""
+    lines = ["| rows a side | columns | on disk | seconds | peak memory |", "| --- " * 5 + "|"]
     lines += [
-        f"| {row['rows']:,} | {row['columns']:,} | {row['seconds']:.0f} | {row['peak_gib']:.2f} GiB |"
+        f"| {row['rows']:,} | {row['columns']:,} | {row['bytes_on_disk'] / 2**30:.1f} GiB | {row['seconds']:.0f} | "
+        f"{row['peak_bytes'] / 2**30:.2f} GiB |"
         for row in results
+        if row["command"] == "compare"
     ]
     return "\n".join(lines) + "\n"
 
@@ -79,8 +82,12 @@ def scale_table(results: list[dict[str, Any]]) -> str:
 def blocks() -> dict[str, str]:
     """The text between each pair of marks."""
     tables = json.loads((MEASURED / "shift-tables.json").read_text())
-    found = {"shift-null": null_table(tables), "shift-power": power_table(tables)}
-    return found | {"shift-scale": scale_table(json.loads((MEASURED / "shift-scale.json").read_text()))}
+    return {
+        "shift-null": null_table(tables),
+        "shift-power": power_table(tables),
+        "shift-scale": scale_table(json.loads((MEASURED / "shift-scale.json").read_text())),
+        "shift-remedies": f"```text\n{(MEASURED / 'shift-remedies.txt').read_text()}```\n",
+    }
 
 
 def written(page: str) -> str:

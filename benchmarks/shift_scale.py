@@ -20,7 +20,7 @@ CHUNK = 1_000_000
 
 CHILD = """
 import json, resource, sys, time
-from steadynorm.shift.scan import scan
+from steadynorm.shift.reading.scan import scan
 start = time.perf_counter()
 if sys.argv[1] == "compare":
     from steadynorm.shift import compare
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=100)
     parser.add_argument("--command", choices=["scan", "compare"], default="scan", help="reading alone, or all")
     parser.add_argument("--folder", type=Path, help="where the tables go, by default a temporary folder; kept if named")
+    parser.add_argument("--out", type=Path, help="a JSON file to add the result to, such as that of the guide's table")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shift-scale-") as temporary:
         folder = options.folder or Path(temporary)
@@ -91,6 +92,11 @@ def main() -> None:
             "python": platform.python_version(),
         }
     print(json.dumps(result, indent=2))
+    if options.out is not None:
+        rows = json.loads(options.out.read_text()) if options.out.exists() else []
+        key = ("command", "rows", "columns")
+        rows = [row for row in rows if any(row[name] != result[name] for name in key)] + [result]
+        options.out.write_text(json.dumps(sorted(rows, key=lambda row: row["rows"] * row["columns"]), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from scipy import stats
 from sklearn.datasets import load_breast_cancer
 
 import steadynorm as sn
-from steadynorm.shift.distances import benjamini_hochberg
+from steadynorm.shift.comparing.distances import benjamini_hochberg
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {

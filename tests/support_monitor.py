@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steadynorm.shift.monitor import Monitor
+from steadynorm.shift.watching.monitor import Monitor
 
 
 def points(n: int, seed: int) -> Tensor:

@@ -54,3 +54,11 @@ def test_the_measured_tables_say_what_the_measurements_do(path: str, page: str):
     spec.loader.exec_module(measured)
     written = re.search(r"<!-- measured -->\n(.*?)<!-- /measured -->", (ROOT / path).read_text(), re.DOTALL)
     assert written[1] == measured.block(page), "run python benchmarks/measured.py"
+
+
+def test_the_page_on_shift_says_what_was_measured():
+    spec = importlib.util.spec_from_file_location("shift_pages", ROOT / "benchmarks" / "shift_pages.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    page = pages.PAGE.read_text(encoding="utf-8")
+    assert page == pages.written(page), "run python benchmarks/shift_pages.py"

@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 if TYPE_CHECKING:
-    from steadynorm.shift.adapt import adapt_
-    from steadynorm.shift.adapt_report import AdaptReport
-    from steadynorm.shift.comparing import compare
-    from steadynorm.shift.monitor import Monitor
-    from steadynorm.shift.report import ShiftReport
+    from steadynorm.shift.adapting.adaptation import adapt_
+    from steadynorm.shift.adapting.report import AdaptReport
+    from steadynorm.shift.comparing.comparison import compare
+    from steadynorm.shift.comparing.report import ShiftReport
+    from steadynorm.shift.watching.monitor import Monitor
 
 __all__ = ["AdaptReport", "Monitor", "ShiftReport", "adapt_", "compare"]
 
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "adapt": ["adapt_"],
-        "adapt_report": ["AdaptReport"],
-        "comparing": ["compare"],
-        "monitor": ["Monitor"],
-        "report": ["ShiftReport"],
+        "adapting.adaptation": ["adapt_"],
+        "adapting.report": ["AdaptReport"],
+        "comparing.comparison": ["compare"],
+        "watching.monitor": ["Monitor"],
+        "comparing.report": ["ShiftReport"],
     },
 )

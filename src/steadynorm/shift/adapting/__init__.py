@@ -1,0 +1,1 @@
+"""Running statistics mixed with those of new data, with guards, and undone with one call."""

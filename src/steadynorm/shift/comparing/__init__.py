@@ -1,0 +1,1 @@
+"""Two sides in, a report on their shift out."""

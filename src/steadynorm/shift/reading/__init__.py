@@ -1,0 +1,1 @@
+"""Two sources in, two sides out: facts of all rows, and a sample."""
