@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from steadynorm.errors import ArgumentError, DataError, ModelError
 from steadynorm.shift.adapting.guards import Floats, Guard, size_guard
-from steadynorm.shift.adapting.inputs import Chunk, read_chunks
+from steadynorm.shift.adapting.inputs import read_chunks
 from steadynorm.shift.adapting.mixing import evaluating, is_frozen, stored_share
 from steadynorm.shift.adapting.passes import PRIOR, Adapting
 from steadynorm.shift.adapting.report import AdaptReport, Confidence
@@ -77,8 +77,9 @@ def adapt_(
     the class itself, the predictions of the model as it is must pass as well.
 
     Where the mean entropy after adapting is above half of the largest and has risen by more than 0.2, or the
-    predictions fall on less than half as many classes, the verdict is "retrain" and the model is left as it was; where
-    the monitor still raises an alarm, it is "retrain" and the model stays adapted.
+    predictions fall on less than half as many classes, the verdict is "retrain" and the model is left as it was. Where
+    the monitor alarms even under the examples' own statistics, more than means and variances has changed: the verdict
+    is "retrain" and the model stays adapted.
 
     Args:
         model: With torch.nn's or steadynorm's batch norms that keep running statistics; changed in place. Layers
@@ -92,7 +93,7 @@ def adapt_(
         steps: Passes over the examples, for "tent".
         class_shares: (K,) shares of the classes in training; alike by default.
         classifier: The output is logits (N, K, *). With False no guard looks at predicted classes.
-        monitor: A calibrated `Monitor` of this model: reset, and fed with the examples once the model is adapted.
+        monitor: A calibrated `Monitor` of this model: reset, and fed with the examples under their own statistics.
         forward: Runs the model on one batch as given and returns its logits; for batches of another form.
         chunk: Examples in a forward, at most (without `forward`).
         guard: With False nothing is refused or taken back; the report has no guards.
@@ -175,9 +176,9 @@ def adapt_(
         return report("retrain", f"{collapse}; the model is left as it was", applied=False, **more)
     more |= {"applied": True, "_snapshot": snapshot}
     if monitor is not None:
-        more["alarm"] = _still_alarmed(monitor, chunks, forward)
+        more["alarm"] = _still_alarmed(monitor, model, adapting, forward)
         if more["alarm"]:
-            return report("retrain", "the monitor raises its alarm on the adapted model as well", **more)
+            return report("retrain", "the monitor alarms under the examples' own statistics as well", **more)
     return report("adapted", f"the stored statistics keep {changes[0].share:.0%} of the say", **more)
 
 
@@ -232,8 +233,17 @@ def _collapse(before: Confidence | None, after: Confidence | None) -> str | None
     return None
 
 
-def _still_alarmed(monitor: "Monitor", chunks: Sequence[Chunk], forward: Callable[[Any], object] | None) -> bool:
-    monitor.reset()
-    for one in chunks:
-        monitor.update(one.batch, forward=forward)
-    return monitor.state().alarm
+def _still_alarmed(
+    monitor: "Monitor", model: nn.Module, adapting: Adapting, forward: Callable[[Any], object] | None
+) -> bool:
+    """Whether the examples' own statistics leave an alarm: what is left of the stored ones would be one by itself."""
+    mixed = adapting.snapshot()
+    try:
+        with evaluating(model):
+            adapting.mix(stored_share(0.0))
+        monitor.reset()
+        for one in adapting.chunks:
+            monitor.update(one.batch, forward=forward)
+        return monitor.state().alarm
+    finally:
+        mixed.restore()

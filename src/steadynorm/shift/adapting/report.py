@@ -61,7 +61,7 @@ class AdaptReport:
         layers: How far each layer moved; where `applied` is False, how far it would have.
         before: The model's confidence in its predictions as it was; None where its outputs are no classes.
         after: The same once adapted, also where that was taken back.
-        alarm: Whether the monitor given still raises an alarm on the adapted model; None without one.
+        alarm: Whether the monitor given alarms under the examples' own statistics; None without a monitor.
         notes: What was left out, and why.
     """
 
