@@ -63,7 +63,7 @@ def split_recipe(values: Features, channels: Mapping[str, int], seed: int) -> Ca
         projection = fit_projection(v[:half])
         gaussian = fit_gaussian(projection.scores(v[:half]))
         null = np.sort(t_squared(pseudo_means(projection.scores(v[half:]), indices), gaussian, POOL))
-        layers[name] = LayerReference(channels[name], projection, gaussian, null, v.mean(0), v.std(0))
+        layers[name] = LayerReference(channels[name], projection, gaussian, null, v.mean(0), v.std(0), v.var(0))
     return Calibration(layers, POOL, 1, EXAMPLES, 1.0)
 
 

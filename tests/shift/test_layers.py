@@ -1,5 +1,7 @@
 """Which layers are watched, and what one example looks like there."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -112,7 +114,7 @@ def test_observing_takes_its_hooks_off_even_after_an_error():
     model = nn.Sequential(nn.BatchNorm1d(2)).eval()
     seen: list[str] = []
 
-    def see(name, layer, x):
+    def see(name, layer, x, mask):
         seen.append(name)
         raise RuntimeError("stop")
 
@@ -120,3 +122,31 @@ def test_observing_takes_its_hooks_off_even_after_an_error():
         model(torch.zeros(1, 2))
     model(torch.zeros(1, 2))
     assert seen == ["0"]
+
+
+def test_observing_is_given_the_mask_and_inputs_by_name():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = sn.BatchNorm1d(2)
+
+        def forward(self, x):
+            return self.norm(input=x, mask=x[:, 0] > 0)
+
+    model, x = Masked().eval(), torch.randn(6, 2, 3)
+    seen = []
+    with observing(bn_layers(model), lambda name, layer, x, mask: seen.append((x, mask))):
+        model(x)
+    assert torch.equal(seen[0][0], x)
+    assert torch.equal(seen[0][1], x[:, 0] > 0)
+
+
+def test_observing_is_none_of_other_threads_business():
+    model = nn.Sequential(nn.BatchNorm1d(2)).eval()
+    seen = []
+    with observing(bn_layers(model), lambda name, layer, x, mask: seen.append(len(x))):
+        other = threading.Thread(target=model, args=(torch.zeros(5, 2),))
+        other.start()
+        other.join()
+        model(torch.zeros(3, 2))
+    assert seen == [3]

@@ -1,8 +1,9 @@
 """Which layers of a model can be watched, and what one example looks like at the input of each."""
 
-from collections.abc import Callable, Generator, Sequence
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,15 @@ from steadynorm.errors import ArgumentError, ModelError
 from steadynorm.nn.base import BatchNorm
 from steadynorm.ops.layout import Layout, align
 
-__all__ = ["ExampleMoments", "bn_layers", "channel_axis", "example_moments", "observing", "running_statistics"]
+__all__ = [
+    "ExampleMoments",
+    "bn_layers",
+    "channel_axis",
+    "example_moments",
+    "input_and_mask",
+    "observing",
+    "running_statistics",
+]
 
 BatchNormLayer = TorchBatchNorm
 """`torch.nn.BatchNorm1d`, `2d`, `3d`, `SyncBatchNorm` and steadynorm's layers, which are subclasses of torch's."""
@@ -117,27 +126,38 @@ def _masked_moments(x: Tensor, weight: Tensor) -> ExampleMoments:
     return ExampleMoments(mean, (weight * (x - mean.unsqueeze(2)).square()).sum(2) / total)
 
 
+def input_and_mask(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    """What a layer was called with, by position or by name: its input, and which positions of it count."""
+    x, mask = args[0] if args else kwargs.get("input"), kwargs.get("mask")
+    return x if isinstance(x, Tensor) else None, mask if isinstance(mask, Tensor) else None
+
+
 @contextmanager
 def observing(
-    layers: Sequence[tuple[str, BatchNormLayer]], see: Callable[[str, BatchNormLayer, Tensor], None]
+    layers: Sequence[tuple[str, BatchNormLayer]], see: Callable[[str, BatchNormLayer, Tensor, Tensor | None], None]
 ) -> Generator[None]:
-    """Within it, `see(name, layer, input)` is called before each forward of each layer; the hooks go with the block.
+    """Within it, `see(name, layer, input, mask)` is called before each forward of each layer, in this thread.
+
+    Forwards that other threads run meanwhile on the same model (it may be serving) are none of its business. The hooks
+    go with the block.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
-        >>> with observing(bn_layers(model), lambda name, layer, x: print(name, tuple(x.shape))):
+        >>> with observing(bn_layers(model), lambda name, layer, x, mask: print(name, tuple(x.shape))):
         ...     _ = model(torch.randn(5, 3))
         1 (5, 4)
     """
+    here = threading.get_ident()
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if isinstance(module, TorchBatchNorm) and args:
-                see(name, module, args[0])
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x, mask = input_and_mask(args, kwargs)
+            if threading.get_ident() == here and isinstance(module, TorchBatchNorm) and x is not None:
+                see(name, module, x, mask)
 
         return before
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers]
     try:
         yield
     finally:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import steadynorm as sn
-from steadynorm.errors import ModelError
+from steadynorm.errors import DataError, ModelError
+from steadynorm.shift.adapting.adaptation import adapt_
 from steadynorm.shift.adapting.tent import affine_parameters, minimise_entropy, prediction_entropy
 from steadynorm.shift.layers import bn_layers
 from support_adapting import changed, mixed_labels, state, stream, two_layers
@@ -82,3 +83,27 @@ def test_outputs_that_are_no_logits_are_refused_and_all_comes_back():
         minimise_entropy(model, bn_layers(model), [lambda: model(X)[:, :1]], 1e-3, 1)
     assert changed(model, before) == set()
     assert not model[1].training
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_learns_as_float32_and_is_rounded(dtype: torch.dtype):
+    """Adam's eps is 0 in float16, where a gradient of 0 gave 0 / 0; a step of 1e-3 from 1 is lost in bfloat16."""
+    model, twin = two_layers("torch"), two_layers("torch")
+    model.to(dtype)
+    twin.to(dtype).float()
+    runs = 40
+    minimise_entropy(twin, bn_layers(twin), [lambda: twin(X)], lr=1e-3, steps=runs)
+    minimise_entropy(model, bn_layers(model), [lambda: model(X.to(dtype))], lr=1e-3, steps=runs)
+    for mine, want in zip(affine_parameters(bn_layers(model)), affine_parameters(bn_layers(twin)), strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.float(), want, atol=0.02, rtol=0.02)
+    assert (model[1].weight.float() - 1).abs().max() > 0.01
+
+
+def test_what_becomes_infinite_is_refused():
+    """A step of 1e5 leaves float32 finite and float16 not; the model is then put back by adapt_."""
+    model = two_layers().half()
+    before = state(model)
+    with pytest.raises(DataError, match="Lower lr"):
+        adapt_(model, X.half(), "tent", lr=1e5, guard=False)
+    assert changed(model, before) == set()

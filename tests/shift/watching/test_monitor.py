@@ -228,7 +228,7 @@ def test_budget_spends_its_share_and_no_more(idle, share_looked):
     assert budget.cost <= (0.03 if idle < 0.03 else idle + 0.001)
 
 
-def test_budget_looks_at_few_batches_and_a_few_layers_each_in_turn():
+def test_budget_looks_at_few_batches_and_a_few_layers_drawn_anew():
     now = [0.0]
 
     def clock() -> float:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steadynorm.shift.watching.sequential import e_value, p_value, shiryaev_roberts
+from steadynorm.shift.watching.sequential import combined_p, e_value, p_value, shiryaev_roberts
 
 
 @settings(max_examples=50, deadline=None)
@@ -53,3 +53,22 @@ def test_evidence_stays_finite():
     for _ in range(400):
         m = float(shiryaev_roberts(m, 1e6))
     assert math.isfinite(m)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.sampled_from([0.1, 0.25, 1.0]))
+def test_combined_p_is_small_where_a_share_of_them_is(p, share):
+    k = max(1, math.ceil(share * len(p)))
+    found = combined_p(p, share)
+    assert found == pytest.approx(min(1.0, sorted(p)[k - 1] * len(p) / k))
+    for level in (0.01, 0.1):
+        assert (found <= level) == (sum(one <= level * k / len(p) * (1 + 1e-12) for one in p) >= k)
+
+
+def test_combined_p_holds_its_level_however_the_tests_depend_on_each_other():
+    """The worst case: whenever one of the four is small, the whole quarter is. Then the level is met exactly."""
+    rng, level, tests = np.random.default_rng(0), 0.1, 8
+    u = rng.uniform(size=(20_000, 4))
+    groups = np.where(rng.permuted(np.tile(np.arange(4), (20_000, 1)), axis=1) == 0, u, 1.0)
+    for p in (np.repeat(u[:, :1], tests, axis=1), rng.uniform(size=(20_000, tests)), np.repeat(groups, 2, axis=1)):
+        rejected = np.mean([combined_p(row) <= level for row in p])
+        assert rejected <= level + 3 * math.sqrt(level * (1 - level) / 20_000)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from steadynorm.errors import ArgumentError, DataError, ModelError
 from steadynorm.shift.adapting.guards import Floats, Guard, size_guard
 from steadynorm.shift.adapting.inputs import read_chunks
-from steadynorm.shift.adapting.mixing import evaluating, is_frozen, stored_share
+from steadynorm.shift.adapting.mixing import Share, evaluating, is_frozen, stored_share
 from steadynorm.shift.adapting.passes import PRIOR, Adapting
+from steadynorm.shift.adapting.persisting import persists
 from steadynorm.shift.adapting.report import AdaptReport, Confidence
 from steadynorm.shift.adapting.tent import minimise_entropy
 from steadynorm.shift.layers import bn_layers
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Method", "adapt_"]
 
 Method = Literal["prior", "adabn", "alpha", "tent"]
-Share = Callable[[str, int], float]
 
 UNSURE: Final = 0.5
 """Mean entropy, as a share of the largest, that no model worth using shows; see `_collapse`."""
@@ -55,7 +55,8 @@ def adapt_(
 
     The layers are measured one after the other within one forward: each normalises by its mix at once, so that the next
     is measured on what the mixed ones before it put out. More examples than `chunk` go through in several forwards,
-    whose statistics are pooled (law of total variance). n counts examples, not pixels. In "tent" each chunk is
+    whose statistics are pooled (law of total variance); a deeper layer then saw the earlier of them through mixes that
+    knew less, so choose `chunk` as large as memory allows. n counts examples, not pixels. In "tent" each chunk is
     normalised by itself while γ and β learn; in the end the running statistics are measured anew with them.
 
     Nothing else of the model changes: `num_batches_tracked`, modes, gradients, other weights, the random state.
@@ -78,8 +79,8 @@ def adapt_(
 
     Where the mean entropy after adapting is above half of the largest and has risen by more than 0.2, or the
     predictions fall on less than half as many classes, the verdict is "retrain" and the model is left as it was. Where
-    the monitor alarms even under the examples' own statistics, more than means and variances has changed: the verdict
-    is "retrain" and the model stays adapted.
+    the monitor's test rejects the examples even with their means and variances set to those of its calibration (p at
+    most 0.01), more than means and variances has changed: the verdict is "retrain" and the model stays adapted.
 
     Args:
         model: With torch.nn's or steadynorm's batch norms that keep running statistics; changed in place. Layers
@@ -93,8 +94,9 @@ def adapt_(
         steps: Passes over the examples, for "tent".
         class_shares: (K,) shares of the classes in training; alike by default.
         classifier: The output is logits (N, K, *). With False no guard looks at predicted classes.
-        monitor: A calibrated `Monitor` of this model: reset, and fed with the examples under their own statistics.
-        forward: Runs the model on one batch as given and returns its logits; for batches of another form.
+        monitor: A calibrated `Monitor` of this model. What it has seen, and its evidence, stay as they are.
+        forward: Runs the model on one batch as given and returns its logits; for batches of another form, dicts for
+            instance, of which the first tensor's length counts the examples.
         chunk: Examples in a forward, at most (without `forward`).
         guard: With False nothing is refused or taken back; the report has no guards.
 
@@ -102,7 +104,8 @@ def adapt_(
         The report; `report.undo()` takes the adaptation back.
 
     Raises:
-        ArgumentError: A value out of its range, or one that the method does not take.
+        ArgumentError: A value out of its range, or one that the method does not take; a monitor that is not calibrated,
+            or of another model.
         DataError: No examples, batches that are none, or NaN or infinite values.
         ModelError: No batch norm with running statistics was used, or all are frozen.
 
@@ -127,10 +130,13 @@ def adapt_(
     share = _share(method, prior, alpha, [name for name, _ in everything])
     if not layers:
         raise ModelError("all batch norms of this model are frozen; call steadynorm.unfreeze_(model) to adapt them.")
-    if not (lr > 0 and steps >= 1 and chunk >= 2):
+    if not (0 < lr < float("inf") and steps >= 1 and chunk >= 2):
         raise ArgumentError(
-            f"lr > 0, steps >= 1 and chunk >= 2 are required, got lr={lr}, steps={steps}, chunk={chunk}."
+            f"lr > 0 and finite, steps >= 1 and chunk >= 2 are required, got lr={lr}, steps={steps}, chunk={chunk}."
         )
+    if monitor is not None and (monitor.calibration is None or monitor.model is not model):
+        problem = "is not calibrated" if monitor.calibration is None else "watches another model"
+        raise ArgumentError(f"monitor must be a calibrated Monitor of this model, and it {problem}.")
     chunks = read_chunks(batches, model, chunk, as_given=forward is not None)
     run = forward if forward is not None else model
     adapting = Adapting(layers, run, chunks, classifier, _shares_of(class_shares))
@@ -158,27 +164,29 @@ def adapt_(
             refused = [one for one in found if not one.passed]
             if refused:
                 return report("abstained", _refusal(refused[0]), applied=False, before=before)
+        if classifier and before is None:
+            notes.append("predictions were not looked at: the outputs are no finite logits (N, K, *)")
         snapshot = adapting.snapshot(affine=method == "tent")
         try:
             if method == "tent":
                 minimise_entropy(model, layers, adapting.runs, lr, steps)
             changes = adapting.mix(share)
             after = adapting.look()
+            collapse = _collapse(before, after) if guard else None
+            alarm, unknown = (None, None) if monitor is None else persists(monitor, adapting, forward)
         except BaseException:
             snapshot.restore()
             raise
     unused = len(layers) - len(changes)
     notes += [f"{unused} batch norms were not used by the forward and stay as they are"] if unused else []
-    more: dict[str, Any] = {"layers": changes, "before": before, "after": after}
-    collapse = _collapse(before, after) if guard else None
+    notes += [unknown] if unknown else []
+    more: dict[str, Any] = {"layers": changes, "before": before, "after": after, "alarm": alarm}
     if collapse is not None:
         snapshot.restore()
         return report("retrain", f"{collapse}; the model is left as it was", applied=False, **more)
     more |= {"applied": True, "_snapshot": snapshot}
-    if monitor is not None:
-        more["alarm"] = _still_alarmed(monitor, model, adapting, forward)
-        if more["alarm"]:
-            return report("retrain", "the monitor alarms under the examples' own statistics as well", **more)
+    if alarm:
+        return report("retrain", "the monitor rejects the examples, their means and variances set right", **more)
     return report("adapted", f"the stored statistics keep {changes[0].share:.0%} of the say", **more)
 
 
@@ -231,19 +239,3 @@ def _collapse(before: Confidence | None, after: Confidence | None) -> str | None
             f"the predictions fall on {after.effective_classes:.1f} classes instead of {before.effective_classes:.1f}"
         )
     return None
-
-
-def _still_alarmed(
-    monitor: "Monitor", model: nn.Module, adapting: Adapting, forward: Callable[[Any], object] | None
-) -> bool:
-    """Whether the examples' own statistics leave an alarm: what is left of the stored ones would be one by itself."""
-    mixed = adapting.snapshot()
-    try:
-        with evaluating(model):
-            adapting.mix(stored_share(0.0))
-        monitor.reset()
-        for one in adapting.chunks:
-            monitor.update(one.batch, forward=forward)
-        return monitor.state().alarm
-    finally:
-        mixed.restore()

@@ -1,7 +1,7 @@
 """The examples that a model is to be adapted to: read, checked, put into chunks."""
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,8 @@ def read_chunks(batches: Any, model: nn.Module, size: int, as_given: bool) -> li
             f"batches must be a tensor (N, ...) or an iterable of batches, got {type(batches).__name__}."
         )
     given: list[Any] = [batches] if isinstance(batches, Tensor) else list(batches)  # pyright: ignore[reportUnknownArgumentType]
-    inputs = [_checked(batch, place) for place, batch in enumerate(given)]
+    find = _first_tensor if as_given else _first_entry
+    inputs = [_checked(find(batch), batch, place, as_given) for place, batch in enumerate(given)]
     kept = [(batch, x) for batch, x in zip(given, inputs, strict=True) if len(x)]
     if not kept:
         raise DataError("there is no example to adapt to: the batches are empty, or there is none.")
@@ -59,13 +60,28 @@ def _evenly(x: Tensor, size: int) -> tuple[Tensor, ...]:
     return torch.tensor_split(x, -(-len(x) // size))
 
 
-def _checked(batch: Any, place: int) -> Tensor:
-    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch  # pyright: ignore[reportUnknownVariableType]
+def _first_entry(batch: Any) -> Any:
+    """The inputs of a batch of the usual form."""
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch  # pyright: ignore[reportUnknownVariableType]
+
+
+def _first_tensor(batch: Any) -> Any:
+    """Of a batch of any form: dicts, tuples and lists are gone through in their order."""
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        batch = tuple(cast("Mapping[object, object]", batch).values())
+    if not isinstance(batch, (tuple, list)):
+        return None
+    parts = (_first_tensor(part) for part in cast("Sequence[object]", batch))
+    return next((found for found in parts if found is not None), None)
+
+
+def _checked(x: Any, batch: object, place: int, as_given: bool) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() < 1:
-        raise DataError(
-            f"batch {place}: a tensor (N, ...), or a tuple with one first, is required, got {type(x).__name__}. "  # pyright: ignore[reportUnknownArgumentType]
-            "Pass forward=lambda batch: model(...) for batches of another form, whose first entry is a tensor."
-        )
+        required = "a tensor somewhere in it" if as_given else "a tensor (N, ...), or a tuple with one first,"
+        advice = "" if as_given else " For batches of another form pass forward=lambda batch: model(...)."
+        raise DataError(f"batch {place}: {required} is required, got {type(batch).__name__}.{advice}")
     if x.is_floating_point() and not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x.flatten(1) if x.dim() > 1 else x[:, None]).all(1)).sum())
         raise DataError(f"batch {place}: {bad} of {len(x)} examples hold NaN or infinite values. Remove them first.")

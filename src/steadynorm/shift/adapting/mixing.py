@@ -1,5 +1,6 @@
 """Writes a mix of stored and freshly measured statistics into a model's batch norms, and can take it back."""
 
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
@@ -10,24 +11,49 @@ from torch import Tensor, nn
 from steadynorm.moments import Moments
 from steadynorm.nn.base import BatchNorm
 from steadynorm.ops.layout import accumulator_dtype
-from steadynorm.shift.layers import BatchNormLayer, channel_axis, running_statistics
+from steadynorm.shift.examining import examining
+from steadynorm.shift.layers import BatchNormLayer, channel_axis, input_and_mask, running_statistics
 
-__all__ = ["Layers", "Mixer", "Snapshot", "evaluating", "is_frozen", "mix", "stored_share"]
+__all__ = [
+    "Layers",
+    "Mixer",
+    "Rule",
+    "Share",
+    "Snapshot",
+    "evaluating",
+    "is_frozen",
+    "mix",
+    "shares",
+    "stored_share",
+]
 
 Layers: TypeAlias = Sequence[tuple[str, BatchNormLayer]]
+Rule: TypeAlias = Callable[[str, Moments, Moments, int], Moments]
+Share: TypeAlias = Callable[[str, int], float]
 
 
 class Snapshot:
-    """Tensors as they were, bit for bit, to be written back into the very same tensors."""
+    """The buffers (and parameters) of layers as they were, bit for bit.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    Kept by module and name: a model that was moved, cast or loaded with `assign=True` since has other tensors there.
+
+    Args:
+        layers: Whose.
+        affine: γ and β as well.
+    """
+
+    def __init__(self, layers: Layers, affine: bool = False) -> None:
+        self._kept: list[tuple[nn.Module, str, Tensor]] = []
+        for module in dict.fromkeys(part for _, layer in layers for part in layer.modules()):
+            parameters = module.named_parameters(recurse=False) if affine else ()
+            tensors = (*module.named_buffers(recurse=False), *parameters)
+            self._kept += [(module, name, tensor.detach().clone()) for name, tensor in tensors]
 
     def restore(self) -> None:
-        """Writes them back."""
+        """Writes them back, in the dtype and on the device that the model has now."""
         with torch.no_grad():
-            for tensor, before in self._kept:
-                tensor.copy_(before)
+            for module, name, before in self._kept:
+                getattr(module, name).copy_(before)
 
 
 def is_frozen(layer: BatchNormLayer) -> bool:
@@ -37,10 +63,10 @@ def is_frozen(layer: BatchNormLayer) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """The model in evaluation mode; each module's own mode, and the state of chance, come back in the end."""
+    """The model in evaluation mode, out of service; each module's own mode, and the state of chance, come back."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with examining(), torch.random.fork_rng(devices=sorted(devices)):
         model.eval()
         try:
             yield
@@ -62,17 +88,17 @@ class Mixer:
 
         μ = a μ_stored + (1 - a) μ_seen        σ² = a σ²_stored + (1 - a) σ²_seen       (both σ² unbiased)
 
-    A deeper layer is thus measured on what the mixed layers before it put out, as it will be when the model serves.
-    Several batches are pooled: what was seen is merged over all of them up to now (law of total variance), not
-    averaged batch by batch.
+    That is `shares(a)`; any other rule may stand in its place. A deeper layer is thus measured on what the mixed layers
+    before it put out, as it will be when the model serves. Several batches are pooled: what was seen is merged over all
+    of them up to now (law of total variance), not averaged batch by batch.
 
     Args:
         layers: Whose buffers are written, with their names.
-        share: a, given a layer's name and how many examples were seen.
+        rule: What a layer is to hold, given its name, what it stored, what was seen, and of how many examples.
     """
 
-    def __init__(self, layers: Layers, share: Callable[[str, int], float]) -> None:
-        self._layers, self._share = layers, share
+    def __init__(self, layers: Layers, rule: Rule) -> None:
+        self._layers, self._rule, self._thread = layers, rule, threading.get_ident()
         self._start: dict[str, _Layer] = {}
         self._seen: dict[str, Moments] = {}
         self.examples = 0
@@ -98,9 +124,10 @@ class Mixer:
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("input")
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and isinstance(x, Tensor):  # pyright: ignore
-                self._mix(name, layer, x, kwargs.get("mask"))
+            x, mask = input_and_mask(args, kwargs)
+            here = threading.get_ident() == self._thread  # another thread may be serving this model
+            if here and isinstance(layer, BatchNormLayer) and x is not None:
+                self._mix(name, layer, x, mask)
 
         return before
 
@@ -110,7 +137,7 @@ class Mixer:
             known = self._seen.get(name)
             seen = self._seen[name] = fresh if known is None else known.merge(fresh)
             start = self._start[name]
-            mixed = mix(start.stored, seen, self._share(name, self.examples))
+            mixed = self._rule(name, start.stored, seen, self.examples)
             start.mean.copy_(mixed.mean)
             start.var.copy_(mixed.m2)
 
@@ -135,7 +162,12 @@ def mix(stored: Moments, seen: Moments, share: float) -> Moments:
     return Moments(torch.ones_like(mixed.count), mixed.mean, mixed.m2 / mixed.count)
 
 
-def stored_share(prior: float) -> Callable[[str, int], float]:
+def shares(share: Share) -> Rule:
+    """The mix in which what is stored has the weight `share(name, examples)`."""
+    return lambda name, stored, seen, examples: mix(stored, seen, share(name, examples))
+
+
+def stored_share(prior: float) -> Share:
     """a = N / (N + n): the stored statistics count as N examples (images, not pixels) against the n seen.
 
     Example:

@@ -11,9 +11,8 @@ from steadynorm.errors import ArgumentError, DataError, ModelError
 from steadynorm.shift.adapting import guards as checks
 from steadynorm.shift.adapting.guards import Floats, Guard
 from steadynorm.shift.adapting.inputs import Chunk, probabilities
-from steadynorm.shift.adapting.mixing import Layers, Mixer, Snapshot, stored_share
+from steadynorm.shift.adapting.mixing import Layers, Mixer, Rule, Share, Snapshot, shares, stored_share
 from steadynorm.shift.adapting.report import Confidence, LayerChange
-from steadynorm.shift.adapting.tent import affine_parameters
 from steadynorm.shift.layers import BatchNormLayer, channel_axis, example_moments, observing
 from steadynorm.shift.layers import running_statistics as stored
 
@@ -30,7 +29,7 @@ class Adapting:
         run: The forward of one chunk's batch.
         chunks: The examples in their order.
         classifier: Whether the outputs are logits.
-        shares: (K,) of the classes in training; None for all alike.
+        class_shares: (K,) of the classes in training; None for all alike.
     """
 
     def __init__(
@@ -39,16 +38,15 @@ class Adapting:
         run: Callable[[Any], object],
         chunks: Sequence[Chunk],
         classifier: bool,
-        shares: Floats | None,
+        class_shares: Floats | None,
     ) -> None:
-        self.layers, self.chunks, self._classifier, self._shares = layers, chunks, classifier, shares
+        self.layers, self.chunks, self._classifier, self._shares = layers, chunks, classifier, class_shares
         self.runs: list[Callable[[], object]] = [lambda batch=one.batch: run(batch) for one in chunks]
         self.examples = sum(one.examples for one in chunks)
 
     def snapshot(self, affine: bool = False) -> Snapshot:
         """Of all that an adaptation may change."""
-        parameters = affine_parameters(self.layers) if affine else []
-        return Snapshot([*parameters, *(b for _, layer in self.layers for b in layer.buffers())])
+        return Snapshot(self.layers, affine)
 
     def predict(self, mixer: Mixer | None = None) -> Floats | None:
         """(N, K) probabilities, or None where the outputs are none; a mixer is told how many examples went before."""
@@ -78,15 +76,15 @@ class Adapting:
         features: dict[str, list[Tensor]] = {}
         spatial = False
 
-        def see(name: str, layer: BatchNormLayer, x: Tensor) -> None:
+        def see(name: str, layer: BatchNormLayer, x: Tensor, mask: Tensor | None) -> None:
             nonlocal spatial
             if name == next(iter(features), name):
-                found = example_moments(x, channel_axis(layer))
+                found = example_moments(x, channel_axis(layer), mask)
                 spatial = spatial or found.var is not None
                 features.setdefault(name, []).append(found.mean)
 
         snapshot = self.snapshot()
-        mixer = Mixer(self.layers[: (len(self.layers) + 1) // 2], stored_share(PRIOR))
+        mixer = Mixer(self.layers[: (len(self.layers) + 1) // 2], shares(stored_share(PRIOR)))
         try:
             with observing(self.layers, see), mixer.attached():
                 p = self.predict(mixer)
@@ -97,22 +95,37 @@ class Adapting:
         if len(means) == self.examples and bool(torch.isfinite(means).all()):
             found.append(checks.drift_guard(means.numpy()))
         if p is not None:
-            shares = np.full(p.shape[1], 1 / p.shape[1]) if self._shares is None else self._shares
-            if len(shares) != p.shape[1]:
-                raise ArgumentError(f"class_shares has {len(shares)} entries, and the model has {p.shape[1]} classes.")
+            expected = np.full(p.shape[1], 1 / p.shape[1]) if self._shares is None else self._shares
+            if len(expected) != p.shape[1]:
+                raise ArgumentError(
+                    f"class_shares has {len(expected)} entries, and the model has {p.shape[1]} classes."
+                )
             views = [p]
             as_it_is = None if spatial else self.predict()
             if as_it_is is not None:  # an input of its own, unlike a channel of many positions, may be the class itself
                 views.append(as_it_is)
             labels = [view.argmax(1) for view in views]
-            found.append(min((checks.skew_guard(one, shares) for one in labels), key=lambda guard: guard.seen or 0.0))
+            found.append(min((checks.skew_guard(one, expected) for one in labels), key=lambda guard: guard.seen or 0.0))
             found.append(max((checks.order_guard(one) for one in labels), key=lambda guard: guard.seen or 0.0))
         return found
 
-    def mix(self, share: Callable[[str, int], float]) -> tuple[LayerChange, ...]:
+    def mix(self, share: Share) -> tuple[LayerChange, ...]:
         """Writes the mixed statistics, and says how far they moved."""
         old = {name: tuple(_copied(t) for t in stored(layer)) for name, layer in self.layers}
-        mixer = Mixer(self.layers, share)
+        used = self.write(shares(share))
+        return tuple(_change(name, layer, old[name], share(name, self.examples)) for name, layer in used)
+
+    def write(self, rule: Rule) -> Layers:
+        """Writes what a rule makes of the stored statistics and those of the examples.
+
+        Returns:
+            The layers that the forward used.
+
+        Raises:
+            DataError: What one saw is not finite.
+            ModelError: It used none.
+        """
+        mixer = Mixer(self.layers, rule)
         with mixer.attached():
             self.predict(mixer)
         used = [(name, layer) for name, layer in self.layers if name in mixer.seen]
@@ -121,7 +134,7 @@ class Adapting:
         for name, layer in used:
             if not all(bool(torch.isfinite(t).all()) for t in stored(layer)):
                 raise DataError(f"what {name} saw of these examples is not finite; the model is left as it was.")
-        return tuple(_change(name, layer, old[name], share(name, self.examples)) for name, layer in used)
+        return used
 
 
 def _change(name: str, layer: BatchNormLayer, old: tuple[Tensor, ...], share: float) -> LayerChange:

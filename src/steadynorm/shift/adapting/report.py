@@ -61,7 +61,8 @@ class AdaptReport:
         layers: How far each layer moved; where `applied` is False, how far it would have.
         before: The model's confidence in its predictions as it was; None where its outputs are no classes.
         after: The same once adapted, also where that was taken back.
-        alarm: Whether the monitor given alarms under the examples' own statistics; None without a monitor.
+        alarm: Whether the monitor given rejects the examples even with their means and variances set to those of its
+            calibration; None without a monitor, or with too few examples for its test.
         notes: What was left out, and why.
     """
 

@@ -2,16 +2,19 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 
-from steadynorm.errors import ModelError
+from steadynorm.errors import DataError, ModelError
 from steadynorm.nn.base import BatchNorm
 from steadynorm.nn.contexts import no_commit
 from steadynorm.shift.adapting.mixing import Layers, Snapshot
 
 __all__ = ["affine_parameters", "minimise_entropy", "prediction_entropy"]
+
+HALF: Final = (torch.float16, torch.bfloat16)
 
 
 def prediction_entropy(logits: Tensor) -> Tensor:
@@ -24,7 +27,7 @@ def prediction_entropy(logits: Tensor) -> Tensor:
         >>> round(prediction_entropy(torch.zeros(3, 2)).item(), 4)
         0.6931
     """
-    log_p = logits.log_softmax(1)
+    log_p = logits.float().log_softmax(1) if logits.dtype in HALF else logits.log_softmax(1)
     return -(log_p.exp() * log_p).sum(1).mean()
 
 
@@ -47,7 +50,9 @@ def minimise_entropy(
 
         γ, β <- γ, β - Adam(∇ mean entropy of the predictions)
 
-    Nothing else of the model is left changed: buffers, modes, gradients and what requires one come back.
+    γ and β in half precision learn as float32 and are rounded after each step: Adam's 1e-8 is 0 in float16, and steps
+    of 1e-3 are lost in bfloat16. Nothing else of the model is left changed: buffers, modes, gradients and what requires
+    one come back.
 
     Args:
         model: In evaluation mode.
@@ -57,6 +62,7 @@ def minimise_entropy(
         steps: Passes over the runs.
 
     Raises:
+        DataError: γ or β do not stay finite.
         ModelError: There is no γ or β to learn, or the output is no tensor of logits.
 
     Source:
@@ -65,10 +71,11 @@ def minimise_entropy(
     learnt = affine_parameters(layers)
     if not learnt:
         raise ModelError('method="tent" learns γ and β, and no batch norm of this model has any that is not frozen.')
-    buffers = Snapshot([b for _, layer in layers for b in layer.buffers()])
+    buffers = Snapshot(layers)
     try:
         with _learning(model, layers, learnt), torch.enable_grad():
-            optimiser = torch.optim.Adam(learnt, lr)
+            masters = [p.detach().float() if p.dtype in HALF else p for p in learnt]
+            optimiser = torch.optim.Adam(masters, lr)
             for _ in range(steps):
                 for run in runs:
                     output = run()
@@ -76,11 +83,25 @@ def minimise_entropy(
                         raise ModelError(
                             'method="tent" needs a model whose output is a tensor of logits (N, K, *), K >= 2.'
                         )
-                    optimiser.zero_grad()
+                    for p in learnt:
+                        p.grad = None
                     prediction_entropy(output).backward()  # pyright: ignore[reportUnknownMemberType]
-                    optimiser.step()
+                    _step(optimiser, masters, learnt)
     finally:
         buffers.restore()
+
+
+def _step(optimiser: torch.optim.Optimizer, masters: Sequence[Tensor], learnt: Sequence[nn.Parameter]) -> None:
+    """Steps in the masters' precision, and rounds to that of γ and β."""
+    for master, p in zip(masters, learnt, strict=True):
+        if master is not p:
+            master.grad = None if p.grad is None else p.grad.float()
+    optimiser.step()  # pyright: ignore[reportUnknownMemberType]
+    with torch.no_grad():
+        for master, p in zip(masters, learnt, strict=True):
+            p.copy_(master)
+            if not bool(torch.isfinite(p).all()):
+                raise DataError("γ or β became infinite or NaN; the model is left as it was. Lower lr, or use float32.")
 
 
 @contextmanager

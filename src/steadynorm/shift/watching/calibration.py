@@ -23,7 +23,16 @@ from steadynorm.shift.watching.embedding import COMPONENTS, Projection, fit_proj
 from steadynorm.shift.watching.resampling import block_length, draw, pseudo_means
 from steadynorm.shift.watching.sequential import e_value, p_value
 
-__all__ = ["Calibration", "Gaussian", "LayerReference", "fit_calibration", "fit_gaussian", "t_squared", "widening"]
+__all__ = [
+    "WIDEST",
+    "Calibration",
+    "Gaussian",
+    "LayerReference",
+    "fit_calibration",
+    "fit_gaussian",
+    "t_squared",
+    "widening",
+]
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -34,7 +43,7 @@ POOL_BLOCKS: Final = 4
 _NULL_DRAWS: Final = 4999
 _REPEATS: Final = 60
 _REPEAT_DRAWS: Final = 1000
-_WIDEST: Final = 16.0
+WIDEST: Final = 16.0
 
 
 class Gaussian(NamedTuple):
@@ -55,6 +64,7 @@ class LayerReference:
         null: T² of clean pools, ascending, widened.
         channel_mean: (C,), mean over the examples of the standardised per-example mean.
         channel_sd: (C,), its standard deviation from example to example (biased).
+        channel_var: (C,), the variance of all values in the layer's own units, (σ²_seen + eps) / (σ² + eps) (biased).
     """
 
     channels: int
@@ -63,11 +73,16 @@ class LayerReference:
     null: Floats
     channel_mean: Floats
     channel_sd: Floats
+    channel_var: Floats
+
+    def p_value(self, values: Floats) -> float:
+        """How often clean pools are at least as far out as the features (n, F) of this one."""
+        statistic = t_squared(self.projection.scores(values).mean(axis=0), self.gaussian, len(values))
+        return float(p_value(statistic, self.null))
 
     def e_value(self, values: Floats) -> float:
         """The evidence for a shift in the features (n, F) of one pool: at most 1 on average where there is none."""
-        statistic = t_squared(self.projection.scores(values).mean(axis=0), self.gaussian, len(values))
-        return float(e_value(p_value(statistic, self.null)))
+        return float(e_value(self.p_value(values)))
 
 
 @dataclass(frozen=True)
@@ -79,7 +94,7 @@ class Calibration:
         pool: Examples per test.
         block: Length of the bootstrap's blocks; 1 for independent examples.
         examples: How many it was made from.
-        widening: The factor on the null, >= 1.
+        widening: The factor on the null, >= 1; at `WIDEST` it may be too small for the rate stated.
     """
 
     layers: Mapping[str, LayerReference]
@@ -148,7 +163,7 @@ def widening(scores: Sequence[Floats], pool: int, block: int, rng: np.random.Gen
 
 def _factor(tests: Sequence[Floats], nulls: Sequence[Floats]) -> float:
     """By bisection, for the mean e-value falls as the factor grows."""
-    low, high = 0.5, _WIDEST
+    low, high = 0.5, WIDEST
     for _ in range(14):
         middle = (low * high) ** 0.5
         mean = np.mean([e_value(p_value(t / middle, null)).mean() for t, null in zip(tests, nulls, strict=True)])
@@ -200,7 +215,9 @@ def fit_calibration(
     layers: dict[str, LayerReference] = {}
     for name, s in scores.items():
         gaussian, means = fit_gaussian(s), values[name][:, : channels[name]]
+        spread = values[name][:, channels[name] :]
         null = factor * np.sort(t_squared(pseudo_means(s, indices), gaussian, pool))
         sd = means.std(axis=0)
-        layers[name] = LayerReference(channels[name], projections[name], gaussian, null, means.mean(axis=0), sd)
+        var = sd**2 + (np.exp(2 * spread).mean(axis=0) if spread.size else 0.0)
+        layers[name] = LayerReference(channels[name], projections[name], gaussian, null, means.mean(axis=0), sd, var)
     return Calibration(layers, pool, length, examples, factor)

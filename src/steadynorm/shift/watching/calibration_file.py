@@ -1,8 +1,7 @@
 """A calibration on disk: safetensors for the arrays, JSON in its header for the rest. Summaries only, no example."""
 
 import json
-import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -20,7 +19,7 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 
 FORMAT: Final = "steadynorm.shift.Monitor"
 SCHEMA: Final = 1
-_ARRAYS: Final = ("centre", "weight", "mean", "whiten", "null", "channel_mean", "channel_sd")
+_ARRAYS: Final = ("centre", "weight", "mean", "whiten", "null", "channel_mean", "channel_sd", "channel_var")
 
 
 def write_calibration(path: Path, calibration: Calibration, channels: Mapping[str, int]) -> None:
@@ -51,15 +50,14 @@ def write_calibration(path: Path, calibration: Calibration, channels: Mapping[st
         "widening": calibration.widening,
     }
     content = save(arrays, metadata={FORMAT: json.dumps(about)})
-    aside: str | None = None
+    # Opened by name, not by mkstemp: others may read it, as far as the umask lets them.
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
+        with aside.open("xb") as file:
             file.write(content)
-        Path(aside).replace(path)
+        aside.replace(path)
     except OSError as error:
-        if aside is not None:
-            Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise DataError(
             f"{path} cannot be written: {error.strerror or error}. Name a file in a folder that can."
         ) from error
@@ -103,20 +101,19 @@ def read_calibration(path: Path, channels: Mapping[str, int]) -> Calibration:
 
 def _arrays_of(reference: LayerReference) -> tuple[Floats, ...]:
     p, g = reference.projection, reference.gaussian
-    return p.centre, p.weight, g.mean, g.whiten, reference.null, reference.channel_mean, reference.channel_sd
+    r = reference
+    return p.centre, p.weight, g.mean, g.whiten, r.null, r.channel_mean, r.channel_sd, r.channel_var
 
 
 def _reference(arrays: Mapping[str, Floats], channels: int) -> LayerReference:
     values = [np.asarray(arrays[key], dtype=np.float64) for key in _ARRAYS]
-    centre, weight, mean, whiten, null, channel_mean, channel_sd = values
+    centre, weight, mean, whiten, null, *by_channel = values
     wide, k = weight.shape
     fits = wide in (channels, 2 * channels) and centre.shape == (wide,) and mean.shape == (k,)
-    fits = fits and whiten.shape == (k, k) and channel_mean.shape == channel_sd.shape == (channels,)
+    fits = fits and whiten.shape == (k, k) and all(v.shape == (channels,) for v in by_channel)
     if not (fits and null.ndim == 1 and null.size and all(np.isfinite(v).all() for v in values)):
         raise ValueError("arrays of the wrong shape, or not finite")
-    return LayerReference(
-        channels, Projection(centre, weight), Gaussian(mean, whiten), np.sort(null), channel_mean, channel_sd
-    )
+    return LayerReference(channels, Projection(centre, weight), Gaussian(mean, whiten), np.sort(null), *by_channel)
 
 
 def _about(path: Path, header: Mapping[str, str]) -> dict[str, Any]:

@@ -100,12 +100,19 @@ def clean_features(
 
 def is_watchable(model: nn.Module) -> list[str]:
     """Why the hooks would see nothing of this model; empty where they do."""
-    compiled = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-    if compiled:
-        return ["the model is compiled: hooks see nothing in it; call monitor.update(batch) on the plain model"]
-    if isinstance(model, torch.jit.ScriptModule):
-        return ["the model is TorchScript: hooks see nothing in it; watch the model it was made from"]
-    return []
+    notes: list[str] = []
+    for name, part in model.named_modules():
+        what = f"its part {name!r}" if name else "the model"
+        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+            notes.append(f"{what} is compiled: hooks see nothing in it; call monitor.update(batch) on the plain model")
+        elif isinstance(part, torch.jit.ScriptModule):
+            notes.append(f"{what} is TorchScript: hooks see nothing in it; watch the model it was made from")
+        elif isinstance(part, nn.DataParallel):
+            notes.append(f"{what} is DataParallel: its replicas run in threads of their own, which hooks do not see")
+        else:
+            continue
+        break
+    return notes
 
 
 def _first(seen: ExampleMoments, examples: int) -> ExampleMoments:

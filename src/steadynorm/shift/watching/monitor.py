@@ -1,5 +1,6 @@
 """Monitor: does what a model is served still look like what its batch norms remember?"""
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -9,14 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from steadynorm.errors import ArgumentError, ModelError
+from steadynorm.errors import ArgumentError, DataError, ModelError
+from steadynorm.shift.examining import examining
 from steadynorm.shift.layers import bn_layers, observing
 from steadynorm.shift.watching.budget import Budget
-from steadynorm.shift.watching.calibration import Calibration, fit_calibration
+from steadynorm.shift.watching.calibration import WIDEST, Calibration, fit_calibration
 from steadynorm.shift.watching.calibration_file import read_calibration, write_calibration
 from steadynorm.shift.watching.collecting import checked_batch, clean_features, collect, is_watchable
 from steadynorm.shift.watching.drift import LayerShift
 from steadynorm.shift.watching.observer import Look, Observer
+from steadynorm.shift.watching.sequential import combined_p
 from steadynorm.shift.watching.state import MonitorState
 from steadynorm.shift.watching.tally import POOL, Tally
 
@@ -32,7 +35,8 @@ class Monitor:
 
     Attach it to a served model (`with monitor:`): hooks sample batches, examples and layers so that the mean cost
     stays under the budget. They are thread-safe, watch evaluation mode only, see nothing under `torch.compile` or in
-    traces, and never raise: what goes wrong is in `state().errors`. Or feed batches by hand with `update`.
+    traces, and never raise: what goes wrong is in `state().errors`. Detach before `torch.jit.script`, which compiles
+    hooks. Or feed batches by hand with `update`.
 
     The running statistics are read anew at each test: after adapting or recalibrating the model, `reset()` and see
     whether the alarm persists.
@@ -90,6 +94,11 @@ class Monitor:
         self._observer = Observer(model, list(self._layers.items()), tally.begin, tally.end, tally.fail, clock)
 
     @property
+    def model(self) -> nn.Module:
+        """The model that is watched."""
+        return self._model
+
+    @property
     def calibration(self) -> Calibration | None:
         """What clean batches look like; None before `calibrate`."""
         return self._tally.calibration
@@ -124,13 +133,15 @@ class Monitor:
                 f"calibrate needs pool >= 8, examples >= pool and block >= 1 or None, got pool={pool}, "
                 f"examples={examples}, block={block}."
             )
-        with self._observer.suspended():
+        with examining():
             seen, notes = collect(self._model, self._layers, loader, examples, forward)
         values, lost = clean_features(seen, self._layers)
         channels = {name: moments.mean.shape[1] for name, moments in seen.items()}
         fitted = fit_calibration(values, channels, pool=pool, block=block, seed=self._seed)
         if lost:
             notes.append(f"{lost} of the calibration's examples were not finite at some layer and were left out")
+        if fitted.widening >= WIDEST:
+            notes.append("the calibration is too small for its spread: there may be more false alarms than stated")
         self._tally.adopt(fitted, notes)
         return self
 
@@ -147,10 +158,49 @@ class Monitor:
         """
         run = checked_batch(self._model, self._layers, batch, forward)
         look = Look(0, frozenset(self._tally.watched))
-        with self._observer.suspended(), torch.no_grad(), observing(list(self._layers.items()), look.see):
+        with examining(), torch.no_grad(), observing(list(self._layers.items()), look.see):
             run()
         self._tally.fed(look.taken)
         return self.state()
+
+    def p_value(self, batches: Iterable[Any], *, forward: Callable[[Any], object] | None = None) -> float:
+        """How often clean examples would look as unlike the calibration as these: one test, apart from the stream.
+
+        Each layer and pool of examples gives a p-value, and all of them together one, however they depend on each
+        other (`combined_p`): small where a quarter of them are. What was seen, and the evidence, stay as they are.
+
+        Args:
+            batches: As `calibrate`'s loader; all of it is used.
+            forward: As there.
+
+        Raises:
+            ArgumentError: Not calibrated yet.
+            DataError: Fewer finite examples than one pool, or batches that are none.
+            ModelError: The model is in training mode, or none of its layers was used.
+
+        Example:
+            >>> model = nn.Sequential(nn.BatchNorm1d(4)).eval()
+            >>> monitor = Monitor(model).calibrate(torch.randn(1000, 4).split(100))
+            >>> monitor.p_value([torch.randn(64, 4) + 1]) < 0.01
+            True
+        """
+        calibration = self.calibration
+        if calibration is None:
+            raise ArgumentError("p_value needs a calibration; call monitor.calibrate(loader) first.")
+        with examining():
+            seen, _ = collect(self._model, self._layers, batches, sys.maxsize, forward)
+        seen = {name: moments for name, moments in seen.items() if name in calibration.layers}
+        values, _ = clean_features(seen, self._layers)
+        pool = calibration.pool
+        tests = [
+            calibration.layers[name].p_value(features[start : start + pool])
+            for name, features in values.items()
+            if features.shape[1] == len(calibration.layers[name].projection.centre)
+            for start in range(0, len(features) - pool + 1, pool)
+        ]
+        if not tests:
+            raise DataError(f"a test needs {pool} finite examples at a calibrated layer; give more of them.")
+        return combined_p(tests)
 
     def attach(self) -> Self:
         """Puts the hooks on the model; until `detach`, its forwards in evaluation mode are watched."""

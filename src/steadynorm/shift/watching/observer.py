@@ -1,9 +1,9 @@
 """Forward hooks that may look at a served batch, and that can neither change nor break what is served."""
 
+import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steadynorm.shift.layers import BatchNormLayer, ExampleMoments, channel_axis, example_moments
+from steadynorm.shift.examining import is_examining
+from steadynorm.shift.layers import BatchNormLayer, ExampleMoments, channel_axis, example_moments, input_and_mask
 
 __all__ = ["Look", "Observer", "measured"]
 
@@ -36,11 +37,11 @@ class Look:
     start: float = 0.0
     taken: dict[str, ExampleMoments] = field(default_factory=dict[str, ExampleMoments])
 
-    def see(self, name: str, layer: BatchNormLayer, x: object, mask: object = None) -> None:
+    def see(self, name: str, layer: BatchNormLayer, x: Tensor, mask: Tensor | None = None) -> None:
         """Measures a layer's input, the first time that the layer runs in this forward."""
-        if name not in self.layers or name in self.taken or not isinstance(x, Tensor):
+        if name not in self.layers or name in self.taken:
             return
-        found = measured(x, layer, mask if isinstance(mask, Tensor) else None, self.limit, self.start)
+        found = measured(x, layer, mask, self.limit, self.start)
         if found is not None:
             self.taken[name] = found
 
@@ -76,7 +77,6 @@ class _Local(threading.local):
     look: Look | None = None
     started: float = 0.0
     own: float = 0.0
-    suspended: bool = False
     handles: tuple[RemovableHandle, ...] = ()
 
 
@@ -128,6 +128,9 @@ class Observer:
         self._begin, self._end, self._fail, self._clock = begin, end, fail, clock
         self._local = _Local()
         self._handle: RemovableHandle | None = None
+        self._lock = threading.Lock()
+        self._open: dict[int, RemovableHandle] = {}  # of looks that are on their way, in whichever thread
+        self._stale: list[RemovableHandle] = []  # of forwards that raised
 
     def attach(self) -> None:
         """Puts the hook on, once."""
@@ -135,11 +138,15 @@ class Observer:
             self._handle = self._model.register_forward_pre_hook(_Hook(self._before))
 
     def detach(self) -> None:
-        """Takes it off."""
+        """Takes it off, and what looks have put on: also those of threads that ended in the middle of a forward."""
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
-        self._leave()
+        with self._lock:
+            left = list(self._open.values())
+            self._open.clear()
+        for handle in left:
+            handle.remove()
 
     def idle_cost(self, repeats: int = 200) -> float:
         """Seconds that the hook adds to a forward not looked at: eight times what it adds to an empty module's.
@@ -159,25 +166,17 @@ class Observer:
         each = min(seconds(hooked) for _ in range(5)) - min(seconds(bare) for _ in range(5))
         return 8 * max(each, 0.0)
 
-    @contextmanager
-    def suspended(self) -> Generator[None]:
-        """Within it, forwards of this thread are not watched."""
-        before, self._local.suspended = self._local.suspended, True
-        try:
-            yield
-        finally:
-            self._local.suspended = before
-
     def _before(self, model: nn.Module, *_: Any) -> None:
-        local = self._local
-        if model.training or local.suspended:
+        if model.training or is_examining():
             return
+        local = self._local
         try:
             entered = self._clock()
+            if self._stale or local.look is not None:  # the second: a forward that was interrupted without its hooks
+                self._leave()
             look = self._begin()
             if look is None:
                 return
-            self._leave()  # of a forward that raised
             self._enter(look)
             local.look, local.started = look, self._clock()
             local.own = local.started - entered
@@ -194,12 +193,20 @@ class Observer:
             self._layers[name].register_forward_pre_hook(_Hook(self._at(name)), with_kwargs=True)
             for name in look.layers
         ]
-        self._local.handles = (*at, self._model.register_forward_hook(_Hook(self._after)))
+        # Called where the forward raises as well, so that nothing is left on the model then.
+        self._local.handles = (*at, self._model.register_forward_hook(_Hook(self._after), always_call=True))
+        with self._lock:
+            self._open |= {handle.id: handle for handle in self._local.handles}
 
     def _leave(self) -> None:
-        for handle in self._local.handles:
+        local = self._local
+        handles, local.handles, local.look = local.handles, (), None
+        with self._lock:
+            stale, self._stale = self._stale, []
+            for handle in (*handles, *stale):
+                self._open.pop(handle.id, None)
+        for handle in (*handles, *stale):
             handle.remove()
-        self._local.handles, self._local.look = (), None
 
     def _at(self, name: str) -> Callable[..., None]:
         local, clock = self._local, self._clock
@@ -210,7 +217,9 @@ class Observer:
                 return
             entered = clock()
             try:
-                look.see(name, layer, args[0] if args else kwargs.get("input"), kwargs.get("mask"))
+                x, mask = input_and_mask(args, kwargs)
+                if x is not None:
+                    look.see(name, layer, x, mask)
             except Exception as error:
                 self._fail(error)
             took = clock() - entered
@@ -219,12 +228,18 @@ class Observer:
 
         return before_layer
 
-    def _after(self, *_: Any) -> None:
+    def _after(self, _model: nn.Module, _inputs: object, output: object = None) -> None:
         local = self._local
         look = local.look
         if look is None:
             return
         try:
+            if output is None and sys.exc_info()[0] is not None:  # it raised: this was no served batch
+                # torch is going through the model's hooks at this moment: they are taken off before the next forward.
+                with self._lock:
+                    self._stale += local.handles
+                local.handles, local.look = (), None
+                return
             forward = self._clock() - local.started
             entered = self._clock()
             self._leave()

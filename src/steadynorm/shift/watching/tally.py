@@ -25,10 +25,16 @@ from steadynorm.shift.watching.state import MonitorState
 __all__ = ["POOL", "Tally"]
 
 POOL: Final = 64
+UNSEEN: Final = (
+    "no batch norm ran on an input that can be read in any forward looked at: is a part of the model compiled, or run "
+    "by threads of its own?"
+)
+NOT_FINITE: Final = "most examples are not finite at some layer and cannot be tested: look at the inputs"
 TOO_SHORT: Final = "a forward is so short that idle hooks alone exceed the budget; feed batches with update() instead"
 _RECENT_POOLS: Final = 16
 _LAYERS_AT_ONCE: Final = 4
 _ERRORS_KEPT: Final = 5
+_EMPTY_LOOKS: Final = 20
 
 
 class Tally:
@@ -59,7 +65,7 @@ class Tally:
         self._number = 0
         self._pools, self._by_hand = Pools(POOL), Pools(POOL)
         self._watched: list[str] = list(layers)
-        self._queue: list[str] = []
+        self._epoch = 0
         self._notes: list[str] = []
         self._errors: list[str] = []
         self._failures = 0
@@ -76,8 +82,8 @@ class Tally:
         with self._lock:
             self.calibration = calibration
             self._pools, self._by_hand = Pools(calibration.pool), Pools(calibration.pool)
-            self._watched, self._queue, self._notes = list(calibration.layers), [], notes
-        self.reset()
+            self._watched, self._notes = list(calibration.layers), notes
+            self._reset()
 
     def note(self, notes: list[str]) -> None:
         """Adds what users should know of, each once."""
@@ -87,14 +93,18 @@ class Tally:
     def reset(self) -> None:
         """Forgets what was seen and any alarm; the calibration, and the account of time, stay."""
         with self._lock:
-            self._first = self._number
-            self._last = 0
-            self._observed = self._examples = self._tests = self._not_finite = 0
-            self._evidence = 0.0
-            self._alarm_batch: int | None = None
-            self._recent: dict[str, deque[ChannelSums]] = {}
-            self._by_hand.clear()
-            self._next_group()
+            self._reset()
+
+    def _reset(self) -> None:
+        self._epoch += 1  # a test that another thread is in the middle of belongs to the past
+        self._first = self._number
+        self._last = 0
+        self._observed = self._examples = self._tests = self._not_finite = self._empty = 0
+        self._evidence = 0.0
+        self._alarm_batch: int | None = None
+        self._recent: dict[str, deque[ChannelSums]] = {}
+        self._by_hand.clear()
+        self._next_group()
 
     def distance(self) -> tuple[LayerShift, ...]:
         """How far each layer and channel is from what it remembers, over the recent 1,000 examples or so.
@@ -120,6 +130,8 @@ class Tally:
         layers = self.distance()
         with self._lock:
             notes = [*self._notes, *([TOO_SHORT] if self._budget.too_small else [])]
+            notes += [UNSEEN] if self._empty >= _EMPTY_LOOKS and not self._examples else []
+            notes += [NOT_FINITE] if 2 * self._not_finite > self._examples else []
             return MonitorState(
                 alarm=self._alarm_batch is not None,
                 alarm_batch=self._alarm_batch,
@@ -172,12 +184,14 @@ class Tally:
         with self._lock:
             self._number = next(self._count)
             pools, served = self._pooled(self._by_hand, taken)
-        self._test_all(pools, served)
+            epoch = self._epoch
+        self._test_all(pools, served, epoch)
 
     def _absorb(self, taken: dict[str, ExampleMoments]) -> None:
         """Puts what one forward gave into the pool, and tests it once it is full."""
         with self._lock:
             if not taken:  # none of these layers ran
+                self._empty += 1
                 self._next_group()
                 return
             if not set(taken) <= self._group:  # meanwhile another thread's pool was full
@@ -185,7 +199,8 @@ class Tally:
             pools, served = self._pooled(self._pools, taken)
             if pools and self._budget.share is not None:
                 self._next_group()
-        self._test_all(pools, served)
+            epoch = self._epoch
+        self._test_all(pools, served, epoch)
 
     def _pooled(self, pools: Pools, taken: dict[str, ExampleMoments]) -> tuple[list[dict[str, ExampleMoments]], int]:
         """The pools that this has filled, and the batches served since the last ones."""
@@ -198,16 +213,18 @@ class Tally:
         served, self._last = max(self._batches - self._last, 0), self._batches
         return full, served
 
-    def _test_all(self, pools: list[dict[str, ExampleMoments]], served: int) -> None:
+    def _test_all(self, pools: list[dict[str, ExampleMoments]], served: int, epoch: int) -> None:
         for pool in pools:
-            self._test(pool, served / len(pools))
+            self._test(pool, served / len(pools), epoch)
 
-    def _test(self, pool: dict[str, ExampleMoments], batches: float) -> None:
+    def _test(self, pool: dict[str, ExampleMoments], batches: float, epoch: int) -> None:
         """One test: the mean evidence over the pool's layers, added to what there is."""
         sums = {name: ChannelSums.of(seen, self._layers[name]) for name, seen in pool.items()}
         evidence = [e for name, seen in pool.items() if (e := self._e_value(name, seen)) is not None]
         lost = max(len(pool[name].mean) - int(s.means.count[0]) for name, s in sums.items())
         with self._lock:
+            if epoch != self._epoch:
+                return
             for name, s in sums.items():
                 self._recent.setdefault(name, deque(maxlen=_RECENT_POOLS)).append(s)
             self._not_finite += lost
@@ -242,16 +259,17 @@ class Tally:
         return torch.from_numpy(reference.channel_mean), torch.from_numpy(reference.channel_sd)
 
     def _next_group(self) -> None:
-        """Which layers the next pool is of: all, or where time counts a few at a time, each layer in its turn."""
+        """Which layers the next pool is of: all, or where time counts a few at a time.
+
+        Drawn anew from all of them, not each in its turn: then the mean e-value over a group has the expectation of the
+        mean over all layers, whatever came before, and it is that one that the calibration keeps at 1.
+        """
         self._pools.clear()
-        if self._budget.share is None or len(self._watched) <= _LAYERS_AT_ONCE:
-            self._group = frozenset(self._watched)
-            return
-        queue = self._queue
-        if len(queue) < _LAYERS_AT_ONCE:
-            rest = [name for name in self._watched if name not in queue]
-            queue = queue + [rest[i] for i in self._rng.permutation(len(rest))]
-        self._group, self._queue = frozenset(queue[:_LAYERS_AT_ONCE]), queue[_LAYERS_AT_ONCE:]
+        watched = self._watched
+        if self._budget.share is not None and len(watched) > _LAYERS_AT_ONCE:
+            drawn = self._rng.choice(len(watched), _LAYERS_AT_ONCE, replace=False)
+            watched = [watched[i] for i in drawn]
+        self._group = frozenset(watched)
 
     def fail(self, error: Exception) -> None:
         """Records an exception instead of raising it, and warns of the first."""
