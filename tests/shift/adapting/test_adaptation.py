@@ -288,6 +288,17 @@ def test_features_without_positions_may_be_the_class_so_a_collapse_abstains():
     assert refused(adapt_(blobs(), x)) == ["classes"]
 
 
+def test_features_without_positions_are_judged_half_adapted_as_well():
+    model = blobs()
+
+    def forward(x: Tensor) -> Tensor:
+        y = model(x)
+        probed = (model[0].running_mean - 0.75).abs().max() > 0.01
+        return torch.zeros_like(y) + torch.tensor([9.0, 0, 0, 0]) if probed else y
+
+    assert refused(adapt_(model, stream(mixed_labels(256), 0.5), forward=forward)) == ["classes"]
+
+
 @pytest.mark.parametrize("method", ["prior", "adabn", "tent", "alpha"])
 @pytest.mark.parametrize("shift", [0.0, 2.0])
 @pytest.mark.parametrize("flat", [True, False])

@@ -98,15 +98,31 @@ def test_an_interrupted_forward_leaves_nothing_after_detaching():
             model(points(3, 0))
 
     with monitor:
-        for run in (serve, lambda: None):
-            thread = threading.Thread(target=run)
-            thread.start()
-            thread.join()
+        before = hooks(model)
         serve()
         interrupt.remove()
         model(points(64, 0))
+        assert hooks(model) == before - 1  # the one that interrupted
         assert monitor.state().examples == 64
+        interrupt = model[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        thread = threading.Thread(target=serve)
+        thread.start()
+        thread.join()
+        interrupt.remove()
     assert hooks(model) == 0
+
+
+def test_what_a_failing_forward_left_goes_with_the_next_one_looked_at_or_not():
+    model = small()
+    monitor = calibrated(model)
+    with monitor:
+        before = hooks(model)
+        with pytest.raises(RuntimeError):
+            model(torch.zeros(3, 9))
+        assert hooks(model) > before
+        monitor._tally._budget.next_look = 10
+        model(points(4, 0))
+        assert hooks(model) == before
 
 
 def test_a_forward_that_fails_is_no_time_of_serving():
@@ -232,3 +248,18 @@ def test_a_look_takes_a_layer_once_and_only_those_asked_for():
     look.see("a", layer, points(5, 0))
     look.see("b", layer, points(5, 0))
     assert {name: len(seen.mean) for name, seen in look.taken.items()} == {"a": 3}
+
+
+def test_a_forward_that_is_not_looked_at_does_not_even_ask_the_time():
+    """A clock of CPU time is a call into the system, which costs a small network's forward some percent."""
+    calls = []
+    model = small()
+    monitor = Monitor(model, clock=lambda: float(len(calls)))
+    with monitor:
+        monitor._tally._budget.next_look = 10
+        monitor._observer._clock = lambda: float(calls.append(1) or len(calls))
+        for _ in range(10):
+            model(points(4, 0))
+        assert calls == []
+        model(points(4, 0))
+        assert calls

@@ -171,12 +171,12 @@ class Observer:
             return
         local = self._local
         try:
-            entered = self._clock()
             if self._stale or local.look is not None:  # the second: a forward that was interrupted without its hooks
                 self._leave()
             look = self._begin()
             if look is None:
                 return
+            entered = self._clock()  # not before: a clock of CPU time is a call into the system, in every forward
             self._enter(look)
             local.look, local.started = look, self._clock()
             local.own = local.started - entered
