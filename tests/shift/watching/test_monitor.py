@@ -15,7 +15,7 @@ from torch import nn
 
 import steadynorm as sn
 from steadynorm.errors import ArgumentError, DataError, ModelError, SteadynormWarning
-from steadynorm.shift.watching.budget import Budget
+from steadynorm.shift.watching.budget import BESIDE, Budget
 from steadynorm.shift.watching.monitor import Monitor
 from support_monitor import calibrated, images, network, points, small
 
@@ -215,13 +215,13 @@ def test_several_threads_serve_one_model():
 
 @pytest.mark.parametrize(("idle", "share_looked"), [(0.0, 0.05), (0.01, 0.0333), (0.5, 0.0)])
 def test_budget_spends_its_share_and_no_more(idle, share_looked):
-    """A forward of 1 s, a look of 0.6 s: 3 % pay for a look at every 20th, less where the hooks idle at a cost."""
+    """A forward of 1 s, a look of 0.6 s in all: 3 % pay for one at every 20th, for fewer where idle hooks cost."""
     budget, looks = Budget(0.03, np.random.default_rng(0)), 0
     budget.idle = idle
     for number in range(20_000):
         if budget.wants(number):
             looked = not budget.only_timing
-            budget.looked(number, 1.0, 0.6 if looked else 0.0)
+            budget.looked(number, 1.0, 0.6 / BESIDE if looked else 0.0)
             looks += looked
     assert looks / 20_000 == pytest.approx(share_looked, abs=0.0005)
     assert budget.too_small == (idle > 0.03)
