@@ -4,6 +4,7 @@ from . import experiment as experiment
 from . import functional as functional
 from . import init as init
 from . import nn as nn
+from . import population as population
 from . import report as report
 from . import shift as shift
 from .experiment import compare as compare
@@ -20,6 +21,7 @@ from .nn import functional_call as functional_call
 from .nn import no_commit as no_commit
 from .nn import sync_ as sync_
 from .nn import unfreeze_ as unfreeze_
+from .population import recalibrate_ as recalibrate_
 from .walkthrough import explain as explain
 
 __all__ = [
@@ -42,6 +44,8 @@ __all__ = [
     "init",
     "nn",
     "no_commit",
+    "population",
+    "recalibrate_",
     "report",
     "shift",
     "sync_",

@@ -1,4 +1,4 @@
-"""The command line: `steadynorm compare`, `steadynorm explain`, `steadynorm shift`.
+"""The command line: `steadynorm compare`, `steadynorm explain`, `steadynorm shift`, `steadynorm recalibrate`.
 
 Exit codes: 0 done; 1 a shift, where `--fail-on-shift` asks for it; 2 bad input, with one line saying what was wrong and
 what to do; 130 interrupted (what was finished is kept).
@@ -13,6 +13,7 @@ import typer
 
 import steadynorm as sn
 from steadynorm.errors import ArgumentError, SteadynormError
+from steadynorm.population.command import EXAMPLES, recalibrate
 
 if TYPE_CHECKING:
     from steadynorm.experiment import Arm
@@ -219,6 +220,9 @@ def shift(
             typer.echo(f"Report: {out}")
     if fail_on_shift and report.verdict == "shifted":
         raise typer.Exit(1)
+
+
+app.command(epilog=EXAMPLES)(recalibrate)
 
 
 def _types(given: list[str]) -> dict[str, Any]:

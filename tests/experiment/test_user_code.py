@@ -3,7 +3,7 @@
 import pytest
 
 from steadynorm.errors import ArgumentError, DataError, ModelError
-from steadynorm.experiment import user_code
+from steadynorm.files import user_code
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from steadynorm.errors import ModelError
-from steadynorm.experiment import user_code
+from steadynorm.files import user_code
 
 __all__ = ["NAMES", "ModelLike", "ModelSource", "resolve"]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from steadynorm.errors import ModelError
-from steadynorm.experiment import user_code
 from steadynorm.experiment.arms import norm_layer
 from steadynorm.experiment.data.labelled import LabelledData
 from steadynorm.experiment.models import NAMES, ModelSource, check_output
 from steadynorm.experiment.split import Split, split, standardisation
+from steadynorm.files import user_code
 
 __all__ = ["Problem", "Scaling", "derived_seed"]
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from steadynorm.errors import ModelError
-from steadynorm.experiment import arms, models, user_code
+from steadynorm.experiment import arms, models
+from steadynorm.files import user_code
 
 __all__ = ["load_model", "read_spec", "save_model"]
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from steadynorm.errors import ArgumentError, ModelError
+from steadynorm.nn.selection import unwrapped
 
 __all__ = ["Treatment", "average_"]
 
@@ -16,7 +17,6 @@ Treatment = Literal["averaged", "copied"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _Pairs = list[tuple[Tensor, Tensor]]  # (the average's, the model's)
-_WRAPPERS = (AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)
 _VARIANCE = re.compile(r"(?<![^.])running_var(_\w+)?$")  # a domain's is running_var_<domain>
 
 
@@ -74,7 +74,7 @@ def average_(ema_model: _Model, model: nn.Module, decay: float, *, statistics: T
         raise ArgumentError(f"decay must lie in [0, 1], the share of the average so far; got {decay}.")
     if statistics not in get_args(Treatment):
         raise ArgumentError(f"statistics must be one of {get_args(Treatment)}, got {statistics!r}.")
-    average, live = _unwrapped(ema_model), _unwrapped(model)
+    average, live = unwrapped(ema_model), unwrapped(model)
     if average is live:
         raise ArgumentError("ema_model and model are one and the same; start the average from copy.deepcopy(model).")
     parameters = _paired(dict(average.named_parameters()), dict(live.named_parameters()), "parameter")
@@ -94,14 +94,6 @@ def average_(ema_model: _Model, model: nn.Module, decay: float, *, statistics: T
         if isinstance(ema_model, AveragedModel):
             ema_model.n_averaged += 1
     return ema_model
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        inner = model.module if isinstance(model, _WRAPPERS) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from steadynorm.errors import ArgumentError, ModelError
 from steadynorm.nn.base import BatchNorm
 
-__all__ = ["layers_of", "required_layers"]
+__all__ = ["layers_of", "required_layers", "unwrapped"]
+
+_WRAPPERS = (AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, BatchNorm]]:
@@ -30,3 +33,18 @@ def required_layers(model: nn.Module, what: str) -> list[BatchNorm]:
         f"{what} needs steadynorm's batch norms (steadynorm.BatchNorm1d, 2d, 3d); this {type(model).__name__} has none "
         f"of them, and {instead}."
     )
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, less what AveragedModel, DataParallel, DistributedDataParallel or torch.compile put around it.
+
+    Example:
+        >>> layer = nn.Linear(2, 3)
+        >>> unwrapped(nn.DataParallel(layer)) is layer
+        True
+    """
+    while True:
+        inner = model.module if isinstance(model, _WRAPPERS) else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -21,7 +21,7 @@ _MESSAGE = (
     "The weights of a batch norm that was never trained itself keep changing, and its running statistics do not: an "
     "average of weights (EMA, SWA) that leaves the buffers out? In evaluation it normalises by the statistics of other "
     "weights. Average both with steadynorm.average_(ema_model, model, decay), or measure them anew before evaluating, "
-    "with torch.optim.swa_utils.update_bn(loader, ema_model). If they are as you want them, "
+    "with steadynorm.recalibrate_(ema_model, loader). If they are as you want them, "
     "warnings.simplefilter('ignore', steadynorm.errors.StaleStatisticsWarning)."
 )
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steadynorm.ops.reference import Statistics
 
-__all__ = ["merge", "merge_all", "merged"]
+__all__ = ["merge", "merge_all", "merge_stacked", "merged"]
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
@@ -20,13 +20,18 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 
 def merge_all(parts: Sequence[Statistics]) -> Statistics:
     """Those of all data sets together, see `Moments.merge_all`."""
-    counts, means = torch.stack([part.count for part in parts]), torch.stack([part.mean for part in parts])
+    return merge_stacked(Statistics(*(torch.stack(part) for part in zip(*parts, strict=True))))
+
+
+def merge_stacked(parts: Statistics) -> Statistics:
+    """The same of parts that lie in one tensor for each of count, mean and m2: (parts, C)."""
+    counts, means, m2s = parts
     total = counts.sum(0)
     share = counts / torch.where(total > 0, total, 1.0)
     # Means are summed relative to one of them, so that a large common offset costs no digits.
     origin = torch.gather(means, 0, counts.argmax(0, keepdim=True)).squeeze(0)
     mean = origin + (share * (means - origin)).sum(0)
-    m2 = torch.stack([part.m2 for part in parts]).sum(0) + (counts * (means - mean) ** 2).sum(0)
+    m2 = m2s.sum(0) + (counts * (means - mean) ** 2).sum(0)
     return Statistics(total, mean, m2)
 
 

@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import Dataset
 
 from steadynorm.errors import DataError
-from steadynorm.experiment import user_code
 from steadynorm.experiment.data import arrays, idx, images, tables
 from steadynorm.experiment.data.labelled import LabelledData
+from steadynorm.files import user_code
 from steadynorm.files.images import is_image
 from steadynorm.files.tables import SUFFIXES, is_table
 

@@ -1,0 +1,197 @@
+"""`steadynorm recalibrate`: weights in a file, recalibrated on data in a file, into another file."""
+
+import io
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
+
+import typer
+
+from steadynorm.errors import ArgumentError, DataError, ModelError, SteadynormError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+__all__ = ["EXAMPLES", "recalibrate"]
+
+EXAMPLES: Final = (
+    "Examples:  steadynorm recalibrate mypkg.nets:build --weights swa.pt --data train.npy --out swa.safetensors   |   "
+    "steadynorm recalibrate mypkg.nets:build --weights model.safetensors --data mypkg.data:loader --order sequential "
+    "--out model.safetensors --json"
+)
+_INSIDE: Final = ("state_dict", "model_state_dict", "model")
+
+
+def recalibrate(
+    model: Annotated[str, typer.Argument(help="pkg.mod:factory, which builds the network without arguments.")],
+    weights: Annotated[Path, typer.Option(help="Its state_dict: a .safetensors file, or one of torch.save.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="What it is measured on: an .npy, .npz (x, or the only array) or .safetensors file of inputs "
+            "(N, ...), or pkg.mod:factory, which gives a loader."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Where the weights go, with their new statistics: a .safetensors file.")],
+    order: Annotated[str, typer.Option(help="joint: one pass; sequential: exact, one pass for each layer.")] = "joint",
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch, of data from a file.", min=1)] = 256,
+    batches: Annotated[int | None, typer.Option(help="Use so many batches only.", min=1)] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, for machines; nothing else goes to stdout.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Measure the running statistics of a network's batch norms anew, on data, under the weights as they are.
+
+    For weights that were averaged (EMA, SWA), pruned or trained with micro-batches. Files are never unpickled.
+    """
+    from steadynorm.files import user_code
+    from steadynorm.population.recalibration import recalibrate_
+
+    if out.suffix != ".safetensors":
+        raise ArgumentError(f"--out must be a .safetensors file, got {str(out)!r}.")
+    if not out.absolute().parent.is_dir():
+        raise ArgumentError(f"the folder of --out {str(out)!r} does not exist. Make it first.")
+    if order not in ("joint", "sequential"):
+        raise ArgumentError(f"--order must be joint or sequential, got {order!r}.")
+    network = _built(model, weights)
+    loader = _loader(data, network, batch_size)
+    try:
+        report = user_code.call(
+            lambda: recalibrate_(network, loader, batches=batches, progress=not quiet, order=order),
+            name=f"the network of {model!r} on {data!r}",
+            error=ModelError,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted: nothing was written to {out}.", err=True)
+        raise typer.Exit(130) from None
+    _write(out, network)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
+    else:
+        typer.echo(f"{report}\nWeights: {out}")
+
+
+def _built(name: str, weights: Path) -> "nn.Module":
+    """The factory's network with the file's weights."""
+    from torch import nn
+
+    from steadynorm.files import user_code
+
+    network: object = user_code.call(user_code.import_named(name, ModelError), name=repr(name), error=ModelError)
+    if not isinstance(network, nn.Module):
+        raise ModelError(f"{name!r} must build a torch.nn.Module, got a {type(network).__name__}.")
+    state = _state(weights)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{weights}: the weights do not fit the network that {name!r} builds: {reason}.") from error
+    return network
+
+
+def _state(path: Path) -> dict[str, "Tensor"]:
+    """The tensors of a state_dict, less what AveragedModel or DataParallel put before their names."""
+    found: Any = _tensors(path, ModelError)
+    for inside in _INSIDE:
+        if isinstance(found, Mapping) and isinstance(found.get(inside), Mapping):
+            found = cast("Mapping[str, Any]", found[inside])
+    from torch import Tensor
+
+    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ModelError(f"{path} must hold a state_dict, tensors by name. Save model.state_dict() alone.")
+    state = {str(key): tensor for key, tensor in found.items() if key != "n_averaged"}
+    wrapped = bool(state) and all(key.startswith("module.") for key in state)
+    return {key.removeprefix("module.") if wrapped else key: tensor for key, tensor in state.items()}
+
+
+def _tensors(path: Path, error: type[SteadynormError]) -> Any:
+    """What a .safetensors file or one of torch.save holds; pickled code is refused, never run."""
+    import pickle
+
+    import torch
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+    except OSError as raised:
+        raise error(f"cannot read {path}: {raised.strerror or raised}.") from raised
+    try:
+        if path.suffix == ".safetensors":
+            return load(content)
+        with warnings.catch_warnings():  # of pickle protocols, before the file is refused
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as raised:
+        raise error(
+            f"{path} is damaged, no file of torch.save, or holds more than tensors, which is not loaded since it could "
+            "run any code. Save model.state_dict() alone, best as .safetensors."
+        ) from raised
+    except Exception as raised:  # of which a damaged file can raise any
+        reason = " ".join(f"{type(raised).__name__} {raised}".split())[:200]
+        raise error(f"{path} is damaged or no {path.suffix or 'torch.save'} file: {reason}. Save it again.") from raised
+
+
+def _loader(data: str, network: "nn.Module", batch_size: int) -> Iterable[Any]:
+    from torch import Tensor
+
+    from steadynorm.files import user_code
+
+    path = Path(data)
+    if user_code.is_name(data) and not path.exists():
+        given: Any = user_code.call(user_code.import_named(data, DataError), name=repr(data), error=DataError)
+    else:
+        given = _inputs(path)
+    if not isinstance(given, Tensor):
+        return given
+    if given.dim() == 0:
+        raise DataError(f"{data} must hold inputs (N, ...), got a single number.")
+    kind = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
+    return (given.to(kind) if kind is not None and given.is_floating_point() else given).split(batch_size)
+
+
+def _inputs(path: Path) -> "Tensor":
+    import torch
+
+    suffix = path.suffix.lower()
+    if suffix not in (".npy", ".npz", ".safetensors"):
+        raise DataError(
+            f"--data must be an .npy, .npz or .safetensors file, or pkg.mod:factory for anything else; got {path}."
+        )
+    if suffix == ".safetensors":
+        return _one(cast("Mapping[str, Tensor]", _tensors(path, DataError)), path)
+    import numpy as np
+
+    try:
+        array: Any = np.load(path, allow_pickle=False)
+        if suffix == ".npz":
+            with array as archive:
+                array = _one({name: archive[name] for name in archive.files}, path)
+        return torch.from_numpy(np.array(array, order="C"))
+    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} cannot be read as plain arrays: {error}. Write it again with numpy.save.") from error
+
+
+def _one(arrays: Mapping[str, Any], path: Path) -> Any:
+    if "x" not in arrays and len(arrays) != 1:
+        raise DataError(f"{path} must hold an array named x, or a single one; it holds {', '.join(arrays) or 'none'}.")
+    return arrays["x"] if "x" in arrays else next(iter(arrays.values()))
+
+
+def _write(out: Path, network: "nn.Module") -> None:
+    from safetensors.torch import save
+
+    # Cloned, because safetensors refuses tensors that share memory (tied weights).
+    content = save({name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()})
+    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        aside.write_bytes(content)
+        aside.replace(out)
+    except OSError as error:
+        raise ModelError(f"cannot write {out}: {error.strerror or error}. Choose another folder.") from error
+    finally:
+        aside.unlink(missing_ok=True)
