@@ -32,7 +32,7 @@ from shift_monitor_cost import cost
 from shift_monitor_peers import peers
 from shift_monitor_tables import tables
 from steadynorm.experiment.stats import mean_interval
-from steadynorm.shift.layers import bn_layers
+from steadynorm.nn.watched import bn_layers
 from steadynorm.shift.watching.calibration import Calibration, LayerReference, fit_calibration, fit_gaussian, t_squared
 from steadynorm.shift.watching.collecting import clean_features, collect
 from steadynorm.shift.watching.embedding import fit_projection

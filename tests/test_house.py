@@ -21,7 +21,7 @@ SOURCES = sorted((ROOT / "src").rglob("*.py"))
 HEAVY = {
     *("numba", "llvmlite", "triton", "sklearn", "scipy", "pandas", "plotly", "duckdb"),
     *("rich", "typer", "jinja2", "joblib", "PIL", "safetensors", "matplotlib", "pyarrow", "IPython"),
-    *("ibis", "polars", "pyspark"),
+    *("ibis", "polars", "pyspark", "onnx"),
 }
 PUBLIC = [
     "BatchNorm1d",
@@ -33,6 +33,7 @@ PUBLIC = [
     "activations",
     "average_",
     "compare",
+    "diagnose",
     "domain",
     "errors",
     "experiment",

@@ -21,6 +21,7 @@ from .nn import functional_call as functional_call
 from .nn import no_commit as no_commit
 from .nn import sync_ as sync_
 from .nn import unfreeze_ as unfreeze_
+from .population import diagnose as diagnose
 from .population import recalibrate_ as recalibrate_
 from .walkthrough import explain as explain
 
@@ -34,6 +35,7 @@ __all__ = [
     "activations",
     "average_",
     "compare",
+    "diagnose",
     "domain",
     "errors",
     "experiment",

@@ -1,9 +1,10 @@
-"""The command line: `steadynorm compare`, `steadynorm explain`, `steadynorm shift`, `steadynorm recalibrate`.
+"""The command line: `steadynorm compare | explain | shift | diagnose | recalibrate`.
 
-Exit codes: 0 done; 1 a shift, where `--fail-on-shift` asks for it; 2 bad input, with one line saying what was wrong and
-what to do; 130 interrupted (what was finished is kept).
+Exit codes: 0 done; 1 a shift or a finding, where `--fail-on-shift` or `--fail-on` asks for it; 2 bad input, with one
+line saying what was wrong and what to do; 130 interrupted (what was finished is kept).
 """
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 import steadynorm as sn
+from steadynorm.commands.diagnose import EXAMPLES as DIAGNOSE_EXAMPLES
+from steadynorm.commands.diagnose import diagnose
+from steadynorm.commands.recalibrate import EXAMPLES as RECALIBRATE_EXAMPLES
+from steadynorm.commands.recalibrate import recalibrate
 from steadynorm.errors import ArgumentError, SteadynormError
-from steadynorm.population.command import EXAMPLES, recalibrate
 
 if TYPE_CHECKING:
     from steadynorm.experiment import Arm
@@ -196,13 +200,15 @@ def shift(
     Each feature is judged by how large its shift is, with an interval, against a tolerance; a classifier looks at all
     of them together.
     """
+    if out is not None and out.is_dir():
+        raise ArgumentError(f"--out must name a file, got the folder {str(out)!r}.")
     report = sn.shift.compare(
         reference,
         current,
         tolerance=tolerance,
         confidence=confidence,
         types=_types(types or []),
-        columns=None if columns is None else [name.strip() for name in columns.split(",") if name.strip()],
+        columns=None if columns is None else _names(columns),
         sample=sample,
         classifier_rows=classifier_rows,
         seed=seed,
@@ -222,7 +228,15 @@ def shift(
         raise typer.Exit(1)
 
 
-app.command(epilog=EXAMPLES)(recalibrate)
+app.command(epilog=DIAGNOSE_EXAMPLES)(diagnose)
+app.command(epilog=RECALIBRATE_EXAMPLES)(recalibrate)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ArgumentError("--columns must name at least one column, got none. Leave it out to compare all.")
+    return names
 
 
 def _types(given: list[str]) -> dict[str, Any]:
@@ -254,12 +268,19 @@ def _target(text: str) -> float | Literal["auto"]:
 
 
 def main() -> None:
-    """Runs the command line; every error of the package's own becomes one line and exit code 2."""
+    """Runs the command line; every error of the package's own, or of the system's, becomes one line and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # redirected output may be in an encoding that lacks a sign
+            stream.reconfigure(errors="replace")
     try:
         app()
+        sys.stdout.flush()
     except SteadynormError as error:
         typer.echo(f"steadynorm: {error}", err=True)
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe (head, less) has left
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # a full disk, a name that is too long
+        typer.echo(f"steadynorm: {error.strerror or error}: {error.filename or 'the output'}.", err=True)
+        sys.exit(2)

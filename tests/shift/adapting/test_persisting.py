@@ -9,9 +9,9 @@ from torch import Tensor, nn
 import steadynorm as sn
 from steadynorm.errors import ArgumentError
 from steadynorm.moments import Moments
+from steadynorm.nn.watched import bn_layers
 from steadynorm.shift.adapting.adaptation import adapt_
 from steadynorm.shift.adapting.persisting import aligned
-from steadynorm.shift.layers import bn_layers
 from steadynorm.shift.watching.monitor import Monitor
 from support_adapting import changed, state
 from support_monitor import images, network, points, small

@@ -6,9 +6,9 @@ from torch import nn
 
 import steadynorm as sn
 from steadynorm.errors import DataError, ModelError
+from steadynorm.nn.watched import bn_layers
 from steadynorm.shift.adapting.adaptation import adapt_
 from steadynorm.shift.adapting.tent import affine_parameters, minimise_entropy, prediction_entropy
-from steadynorm.shift.layers import bn_layers
 from support_adapting import changed, mixed_labels, state, stream, two_layers
 
 X = torch.randn(64, 3, 4, 4, generator=torch.Generator().manual_seed(1)) + 1

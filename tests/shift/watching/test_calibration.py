@@ -9,7 +9,7 @@ from scipy import stats
 from torch import nn
 
 from steadynorm.errors import ArgumentError
-from steadynorm.shift.layers import ExampleMoments
+from steadynorm.nn.watched import ExampleMoments
 from steadynorm.shift.watching.calibration import Gaussian, fit_calibration, fit_gaussian, t_squared, widening
 from steadynorm.shift.watching.embedding import CLIP, features, fit_projection
 from steadynorm.shift.watching.resampling import block_length, draw, pseudo_means

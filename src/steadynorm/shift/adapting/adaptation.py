@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from steadynorm.errors import ArgumentError, DataError, ModelError
+from steadynorm.nn.watched import bn_layers
 from steadynorm.shift.adapting.guards import Floats, Guard, size_guard
 from steadynorm.shift.adapting.inputs import read_chunks
 from steadynorm.shift.adapting.mixing import Share, evaluating, is_frozen, stored_share
@@ -14,7 +15,6 @@ from steadynorm.shift.adapting.passes import PRIOR, Adapting
 from steadynorm.shift.adapting.persisting import persists
 from steadynorm.shift.adapting.report import AdaptReport, Confidence
 from steadynorm.shift.adapting.tent import minimise_entropy
-from steadynorm.shift.layers import bn_layers
 
 if TYPE_CHECKING:
     from steadynorm.shift.watching.monitor import Monitor

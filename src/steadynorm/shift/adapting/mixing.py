@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from steadynorm.moments import Moments
 from steadynorm.nn.base import BatchNorm
+from steadynorm.nn.watched import BatchNormLayer, channel_axis, input_and_mask, running_statistics
 from steadynorm.ops.layout import accumulator_dtype
 from steadynorm.shift.examining import examining
-from steadynorm.shift.layers import BatchNormLayer, channel_axis, input_and_mask, running_statistics
 
 __all__ = [
     "Layers",

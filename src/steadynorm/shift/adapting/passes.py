@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from steadynorm.errors import ArgumentError, DataError, ModelError
+from steadynorm.nn.watched import BatchNormLayer, channel_axis, example_moments, observing
+from steadynorm.nn.watched import running_statistics as stored
 from steadynorm.shift.adapting import guards as checks
 from steadynorm.shift.adapting.guards import Floats, Guard
 from steadynorm.shift.adapting.inputs import Chunk, probabilities
 from steadynorm.shift.adapting.mixing import Layers, Mixer, Rule, Share, Snapshot, shares, stored_share
 from steadynorm.shift.adapting.report import Confidence, LayerChange
-from steadynorm.shift.layers import BatchNormLayer, channel_axis, example_moments, observing
-from steadynorm.shift.layers import running_statistics as stored
 
 __all__ = ["PRIOR", "Adapting"]
 

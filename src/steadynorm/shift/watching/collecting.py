@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steadynorm.errors import DataError, ModelError
-from steadynorm.shift.layers import BatchNormLayer, ExampleMoments, observing, running_statistics
+from steadynorm.nn.watched import BatchNormLayer, ExampleMoments, observing, running_statistics
 from steadynorm.shift.watching.embedding import features
 from steadynorm.shift.watching.observer import Look
 from steadynorm.shift.watching.pools import concatenate

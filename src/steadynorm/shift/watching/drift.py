@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.moments import Moments
-from steadynorm.shift.layers import BatchNormLayer, ExampleMoments, running_statistics
+from steadynorm.nn.watched import BatchNormLayer, ExampleMoments, running_statistics
 
 __all__ = ["ChannelShift", "ChannelSums", "LayerShift", "layer_shift", "symmetric_kl"]
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from steadynorm.shift.layers import BatchNormLayer, ExampleMoments, running_statistics
+from steadynorm.nn.watched import BatchNormLayer, ExampleMoments, running_statistics
 
 __all__ = ["CLIP", "COMPONENTS", "Projection", "features", "fit_projection"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steadynorm.nn.watched import BatchNormLayer, ExampleMoments, channel_axis, example_moments, input_and_mask
 from steadynorm.shift.examining import is_examining
-from steadynorm.shift.layers import BatchNormLayer, ExampleMoments, channel_axis, example_moments, input_and_mask
 
 __all__ = ["Look", "Observer", "measured"]
 

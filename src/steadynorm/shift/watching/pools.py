@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from steadynorm.shift.layers import ExampleMoments
+from steadynorm.nn.watched import ExampleMoments
 
 __all__ = ["Pools", "concatenate"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.errors import SteadynormWarning
-from steadynorm.shift.layers import BatchNormLayer, ExampleMoments
+from steadynorm.nn.watched import BatchNormLayer, ExampleMoments
 from steadynorm.shift.watching.budget import Budget
 from steadynorm.shift.watching.calibration import Calibration
 from steadynorm.shift.watching.drift import ChannelSums, LayerShift, layer_shift

@@ -11,7 +11,7 @@ from torch import nn
 
 import steadynorm as sn
 from steadynorm.errors import ArgumentError, ModelError, ShapeError
-from steadynorm.shift.layers import bn_layers, channel_axis, example_moments, observing, running_statistics
+from steadynorm.nn.watched import bn_layers, channel_axis, example_moments, observing, running_statistics
 
 
 def test_layers_of_both_libraries_once_each_and_only_those_with_statistics():

@@ -1,9 +1,7 @@
 """`steadynorm recalibrate`: weights in a file, recalibrated on data in a file, into another file."""
 
-import io
 import json
 import os
-import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
 
-from steadynorm.errors import ArgumentError, DataError, ModelError, SteadynormError
+from steadynorm.commands.networks import built, tensors_in
+from steadynorm.errors import ArgumentError, DataError, ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,7 +22,6 @@ EXAMPLES: Final = (
     "steadynorm recalibrate mypkg.nets:build --weights model.safetensors --data mypkg.data:loader --order sequential "
     "--out model.safetensors --json"
 )
-_INSIDE: Final = ("state_dict", "model_state_dict", "model")
 
 
 def recalibrate(
@@ -58,7 +56,7 @@ def recalibrate(
         raise ArgumentError(f"the folder of --out {str(out)!r} does not exist. Make it first.")
     if order not in ("joint", "sequential"):
         raise ArgumentError(f"--order must be joint or sequential, got {order!r}.")
-    network = _built(model, weights)
+    network = built(model, weights)
     loader = _loader(data, network, batch_size)
     try:
         report = user_code.call(
@@ -74,66 +72,6 @@ def recalibrate(
         typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
         typer.echo(f"{report}\nWeights: {out}")
-
-
-def _built(name: str, weights: Path) -> "nn.Module":
-    """The factory's network with the file's weights."""
-    from torch import nn
-
-    from steadynorm.files import user_code
-
-    network: object = user_code.call(user_code.import_named(name, ModelError), name=repr(name), error=ModelError)
-    if not isinstance(network, nn.Module):
-        raise ModelError(f"{name!r} must build a torch.nn.Module, got a {type(network).__name__}.")
-    state = _state(weights)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{weights}: the weights do not fit the network that {name!r} builds: {reason}.") from error
-    return network
-
-
-def _state(path: Path) -> dict[str, "Tensor"]:
-    """The tensors of a state_dict, less what AveragedModel or DataParallel put before their names."""
-    found: Any = _tensors(path, ModelError)
-    for inside in _INSIDE:
-        if isinstance(found, Mapping) and isinstance(found.get(inside), Mapping):
-            found = cast("Mapping[str, Any]", found[inside])
-    from torch import Tensor
-
-    if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ModelError(f"{path} must hold a state_dict, tensors by name. Save model.state_dict() alone.")
-    state = {str(key): tensor for key, tensor in found.items() if key != "n_averaged"}
-    wrapped = bool(state) and all(key.startswith("module.") for key in state)
-    return {key.removeprefix("module.") if wrapped else key: tensor for key, tensor in state.items()}
-
-
-def _tensors(path: Path, error: type[SteadynormError]) -> Any:
-    """What a .safetensors file or one of torch.save holds; pickled code is refused, never run."""
-    import pickle
-
-    import torch
-    from safetensors.torch import load
-
-    try:
-        content = path.read_bytes()
-    except OSError as raised:
-        raise error(f"cannot read {path}: {raised.strerror or raised}.") from raised
-    try:
-        if path.suffix == ".safetensors":
-            return load(content)
-        with warnings.catch_warnings():  # of pickle protocols, before the file is refused
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as raised:
-        raise error(
-            f"{path} is damaged, no file of torch.save, or holds more than tensors, which is not loaded since it could "
-            "run any code. Save model.state_dict() alone, best as .safetensors."
-        ) from raised
-    except Exception as raised:  # of which a damaged file can raise any
-        reason = " ".join(f"{type(raised).__name__} {raised}".split())[:200]
-        raise error(f"{path} is damaged or no {path.suffix or 'torch.save'} file: {reason}. Save it again.") from raised
 
 
 def _loader(data: str, network: "nn.Module", batch_size: int) -> Iterable[Any]:
@@ -163,7 +101,7 @@ def _inputs(path: Path) -> "Tensor":
             f"--data must be an .npy, .npz or .safetensors file, or pkg.mod:factory for anything else; got {path}."
         )
     if suffix == ".safetensors":
-        return _one(cast("Mapping[str, Tensor]", _tensors(path, DataError)), path)
+        return _one(cast("Mapping[str, Tensor]", tensors_in(path, DataError)), path)
     import numpy as np
 
     try:
