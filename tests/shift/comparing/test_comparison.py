@@ -141,10 +141,17 @@ class TestOddColumns:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tolerance": 0}, "tolerance must be a number above 0"),
+        ({"tolerance": 0}, "tolerance must be a number from 1e-6"),
+        ({"tolerance": 1e-300}, "tolerance must be"),
+        ({"tolerance": "0.1"}, "tolerance must be"),
         ({"tolerance": float("nan")}, "tolerance must be"),
-        ({"confidence": 1}, "confidence must be a number between 0 and 1"),
-        ({"sample": 1}, "sample must be at least 2 rows"),
+        ({"confidence": 1}, "confidence must be above 0 and below 1"),
+        ({"confidence": 0.9999999999999999}, "confidence must be"),
+        ({"sample": 1}, "sample must be a whole number, at least 2 rows"),
+        ({"sample": 1e2}, "sample must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"seed": 2**32}, "seed must be"),
+        ({"classifier_rows": 49}, "at least 50 rows"),
         ({"classifier_rows": -1}, "classifier_rows must be 0"),
         ({"types": {"nope": "numeric"}}, "nope"),
         ({"columns": ["nope"]}, "nope"),
@@ -166,3 +173,30 @@ def test_a_sample_of_many_rows():
     assert report.to_dict()["sides"]["reference"]["rows"] == 3000
     size = next(f for f in report.features if f.name == "size")
     assert size.facts["reference"]["mean"] == pytest.approx(np.mean(table(0)["size"]))
+
+
+CROWDS = {"uniform": lambda rng, n: rng.integers(40_000, size=n), "zipf": lambda rng, n: rng.zipf(1.1, n) % 40_000}
+
+
+@pytest.mark.parametrize(("n", "m"), [(500, 500), (300, 3000), (2000, 20_000)])
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_a_crowd_of_rare_categories_is_no_shift(crowd, n, m):
+    """Most occur once: their shares differ on every draw, by more than sqrt(p (1 - p)) lets them."""
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        sides = ({"zip": CROWDS[crowd](rng, size).astype(str)} for size in (n, m))
+        report = sn.shift.compare(*sides, types={"zip": "categorical"}, classifier_rows=0)
+        assert report.verdict != "shifted"
+        assert max(effect.low for effect in report.features[0].effects) == 0
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e200])
+def test_units_that_are_worlds_apart_are_a_shift_and_no_error(unit):
+    x, y = (np.random.default_rng(seed).normal(size=500) for seed in range(2))
+    for sides in (({"x": x * unit}, {"x": y}), ({"x": x}, {"x": y * unit})):
+        assert sn.shift.compare(*sides, classifier_rows=0).verdict == "shifted"
+
+
+def test_a_constant_reference_has_no_deviations_to_measure_by():
+    report = sn.shift.compare({"x": np.full(1000, 0.1)}, {"x": np.full(1000, 0.2)}, classifier_rows=0)
+    assert report.features[0].distances.wasserstein is None

@@ -1,5 +1,6 @@
 """Effects and their intervals, against the definition and against how often they must hold."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from steadynorm.shift.comparing.chance import chance_distance
 from steadynorm.shift.comparing.effects import (
     FEWEST_MOVING,
     as_deviations,
@@ -149,9 +151,10 @@ class TestComposition:
     def test_by_the_definition(self):
         p, q = np.array([50.0, 30, 20, 0]), np.array([100.0, 60, 20, 20])
         gap = np.abs(p / 100 - q / 200).sum() / 2
-        pooled = (p + q) / 300
-        each = 1 / 100 + 1 / 200
-        bias = sum(math.sqrt(each * c * (1 - c)) for c in pooled) / math.sqrt(2 * math.pi)
+        each, bias = 1 / 100 + 1 / 200, 0.0
+        for total in p + q:
+            here = np.arange(0, min(total, 100) + 1)
+            bias += np.abs(here / 100 - (total - here) / 200) @ stats.hypergeom.pmf(here, 300, total, 100) / 2
         stray = math.sqrt(each * math.log(2 / 0.05) / 2)
         effect = composition(p, q, 0.05)
         assert effect.estimate == pytest.approx(as_deviations(gap - bias))
@@ -165,9 +168,22 @@ class TestComposition:
         for _ in range(400):
             p, q = rng.multinomial(2000, shares), rng.multinomial(1000, shares)
             gaps.append(np.abs(p / 2000 - q / 1000).sum() / 2)
-        each = 1 / 2000 + 1 / 1000
-        bias = np.sqrt(each * shares * (1 - shares)).sum() / math.sqrt(2 * math.pi)
-        assert np.mean(gaps) == pytest.approx(bias, rel=0.03)
+        assert np.mean(gaps) == pytest.approx(chance_distance(np.round(3000 * shares), 2000), rel=0.03)
+
+    @pytest.mark.parametrize(("n", "m"), [(6, 4), (1, 9), (500, 500)])
+    def test_chance_is_the_mean_over_all_ways_to_deal(self, n, m):
+        """Few rows: all of them, one by one. Many: totals on both sides of where they are taken for normal."""
+        rng = np.random.default_rng(0)
+        totals = np.array([5, 3, 1, 1]) if n + m == 10 else np.array([400, 200, 201, 190, 9])
+        rows = np.repeat(np.arange(totals.size), totals)
+        some = (rng.permutation(n + m)[:n] for _ in range(4000))
+        deals = itertools.combinations(range(n + m), n) if n + m == 10 else some
+        gaps = []
+        for deal in deals:
+            here = np.bincount(rows[list(deal)], minlength=totals.size)
+            gaps.append(np.abs(here / n - (totals - here) / m).sum() / 2)
+        exact = 1e-9 if n + m == 10 else 0.02
+        assert chance_distance(totals.astype(float), n) == pytest.approx(np.mean(gaps), rel=exact)
 
     def test_two_categories_are_a_share(self):
         two, share = composition(np.array([90.0, 10]), np.array([60.0, 40]), 0.05), missing(10, 100, 40, 100, 0.05)

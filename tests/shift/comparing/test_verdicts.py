@@ -77,7 +77,11 @@ class TestWhy:
         assert "no effect can be above 0.09" in why("no shift", [effect(0, 0.09)], 0.1, 100)
         assert "a difference is seen" in why("benign", [effect(0.01, 0.09)], 0.1, 100)
         assert "about 225 rows a side would tell" in why("cannot tell", [effect(0, 0.6, 0.3)], 0.1, 100)
-        assert "it lies where the tolerance does" in why("cannot tell", [effect(0, 0.2, 0.1)], 0.1, 100)
+        # The lower end was cut off at 0: the interval is as wide as its other half.
+        assert "about 400 rows a side would tell" in why("cannot tell", [effect(0, 0.7, 0.3)], 0.1, 100)
+        both = [effect(0, 0.12, 0.05, "scale"), effect(0, 0.6, 0.3, "location")]
+        assert why("cannot tell", both, 0.1, 100).startswith("the location may differ by 0.00 to 0.60")
+        assert "more than a billion rows" in why("cannot tell", [effect(0, 0.2, 0.1)], 0.1, 100)
         assert why("not compared", [], 0.1, 100) == "no values to compare"
 
 

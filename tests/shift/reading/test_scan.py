@@ -60,7 +60,8 @@ def test_names_of_sides_and_rows_of_the_sample(tmp_path):
     path = write(rows(), tmp_path / "train.parquet")
     a, b, _ = scan(path, rows())
     assert (a.name, b.name) == ("train.parquet", "current")
-    assert a.row_numbers is None
+    np.testing.assert_array_equal(a.row_numbers, np.arange(400))
+    assert scan(path, rows(), sample=100)[0].row_numbers is None
     np.testing.assert_array_equal(b.row_numbers, np.arange(400))
 
 
@@ -211,19 +212,20 @@ def test_types_can_be_overridden(where, tmp_path):
 @pytest.mark.parametrize("where", ["memory", "file"])
 def test_categories_beyond_the_largest_are_counted_together(where, tmp_path, monkeypatch):
     monkeypatch.setattr(scanning, "MAX_CATEGORIES", 3)
+    monkeypatch.setattr(scanning, "_CANDIDATES", 1)
     old = {"c": [*"a" * 20, *"b" * 9, *"c" * 6, *"d" * 3, *"e" * 2, None]}
-    new = {"c": [*"aaaafffeeg"]}
+    new = {"c": [*"aaaaffffffffeeg"]}
     sources = (old, new) if where == "memory" else [write(t, tmp_path / f"{i}.csv") for i, t in enumerate((old, new))]
     a, b, _ = scan(*sources)
-    # Shares added: a 20/41 + 4/10, f 3/10, e 2/41 + 2/10, b 9/41, c 6/41. The reference's own three largest lack f and
-    # e, whose counts there are asked for; b is more frequent than both if rows were added in place of shares.
-    assert a.columns["c"].counts == {"a": 20, "f": 0, "e": 2}
-    assert b.columns["c"].counts == {"a": 4, "f": 3, "e": 2}
-    assert list(a.columns["c"].counts) == list(b.columns["c"].counts) == ["a", "f", "e"]
-    assert (a.columns["c"].other, b.columns["c"].other) == (18, 1)
+    # Rows added: a 24, b 9, f 8, c 6. Each side's own three largest lack one of these, whose count there is asked for;
+    # by shares, f would come before b.
+    assert a.columns["c"].counts == {"a": 20, "b": 9, "f": 0}
+    assert b.columns["c"].counts == {"a": 4, "b": 0, "f": 8}
+    assert list(a.columns["c"].counts) == list(b.columns["c"].counts) == ["a", "b", "f"]
+    assert (a.columns["c"].other, b.columns["c"].other) == (11, 3)
     assert (a.columns["c"].distinct, b.columns["c"].distinct) == (5, 4)
     keys = [*a.columns["c"].counts, "other"]
-    assert [keys[int(v)] for v in a.columns["c"].values[:-1]] == [c if c in "afe" else "other" for c in old["c"][:-1]]
+    assert [keys[int(v)] for v in a.columns["c"].values[:-1]] == [c if c in "abf" else "other" for c in old["c"][:-1]]
     assert np.isnan(a.columns["c"].values[-1])
 
 

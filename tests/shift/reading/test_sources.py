@@ -433,3 +433,73 @@ def test_what_was_opened_is_closed_and_removed(monkeypatch, tmp_path):
         assert opened(path, "reference", stack).rows == 400
         assert list((tmp_path / "temporary").iterdir())
     assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.parametrize("zone", ["Z", "+02:00"])
+def test_times_with_a_zone_in_text_are_times(tmp_path, zone):
+    path = tmp_path / "t.csv"
+    path.write_text("at,note\n" + "".join(f"2024-05-0{i % 9 + 1}T12:00:00{zone},2024-05-01T12\n" for i in range(90)))
+    side, _, schema = scan(path, path)
+    assert {name: column.kind for name, column in side.columns.items()} == {"at": "time", "note": "categorical"}
+    assert not schema.left_out
+    first = 1714564800.0 - (7200 if zone != "Z" else 0)  # 2024-05-01T12:00:00 by `date -u`
+    assert side.columns["at"].minimum == first
+
+
+def test_nanoseconds_with_a_zone_in_parquet_are_times(tmp_path):
+    pd = pytest.importorskip("pandas")
+    times = pd.DataFrame({"at": pd.date_range("2024-05-01T12:00:00", periods=90, freq="D", tz="UTC").as_unit("ns")})
+    times.to_parquet(tmp_path / "t.parquet")
+    side, _, _ = scan(tmp_path / "t.parquet", times)
+    assert side.columns["at"].kind == "time"
+    assert side.columns["at"].minimum == 1714564800.0
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind", "missing"),
+    [
+        (["inf", *["1.5", "2.5"] * 40], "numeric", 0),
+        (["inf", "-inf", "nan"] * 30, "numeric", 30),
+        ([*map(str, range(90)), "#N/A"], "text", 0),
+        (["2024-05-01", "2024-05-02"] * 40, "time", 0),
+    ],
+)
+def test_cells_that_engines_misread(tmp_path, cells, kind, missing):
+    path = tmp_path / "t.csv"
+    path.write_text("x,n\n" + "".join(f"{cell},{i}\n" for i, cell in enumerate(cells)))
+    side = scan(path, path)[0]
+    assert (side.rows, side.columns["x"].kind, side.columns["x"].missing) == (len(cells), kind, missing)
+
+
+def test_a_folder_of_both_sorts_an_empty_path_and_names_that_meet(tmp_path):
+    (tmp_path / "a.csv").write_text("x\n1\n2\n")
+    (tmp_path / "plot.png").write_bytes(b"")
+    with pytest.raises(DataError, match="got both"):
+        scan(tmp_path, tmp_path)
+    with pytest.raises(ArgumentError, match="empty path"):
+        scan("", tmp_path / "a.csv")
+    with pytest.raises(DataError, match="two columns would be called 'a_0'"):
+        scan({"a": np.zeros((3, 2)), "a_0": np.zeros(3)}, {"a_0": np.zeros(3)})
+    with pytest.raises(DataError, match="dense tensor"):
+        scan(torch.zeros(3, 2).to_sparse(), torch.zeros(3, 2))
+
+
+def test_a_stream_of_examples_is_not_held_in_memory():
+    class Stream(torch.utils.data.IterableDataset):
+        alive = most = 0
+
+        def __iter__(self):
+            for _ in range(40):
+                yield Counted(torch.zeros(3))
+
+    class Counted(list):
+        def __init__(self, x):
+            super().__init__([x])
+            Stream.alive += 1
+            Stream.most = max(Stream.most, Stream.alive)
+
+        def __del__(self):
+            Stream.alive -= 1
+
+    assert scan(Stream(), Stream())[0].rows == 40
+    assert Stream.most <= 3

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
+
 from steadynorm.errors import ArgumentError, DataError
 from steadynorm.shift.comparing.distances import benjamini_hochberg
-from steadynorm.shift.comparing.domain import Rows, classify
+from steadynorm.shift.comparing.domain import SMALLEST_SIDE, Rows, classify
 from steadynorm.shift.comparing.features import judged, measure
 from steadynorm.shift.comparing.report import ShiftReport
 from steadynorm.shift.comparing.verdicts import table_verdict
@@ -90,10 +92,12 @@ def compare(
         >>> print(report.features[0].reason)
         the mean is higher by 0.44 (0.38 to 0.50) reference deviations, more than 0.1
     """
-    _check("tolerance", tolerance, 0 < tolerance < 10, "a number above 0")
-    _check("confidence", confidence, 0 < confidence < 1, "a number between 0 and 1")
-    _check("sample", sample, sample >= 2, "at least 2 rows")
-    _check("classifier_rows", classifier_rows, classifier_rows >= 0, "0 for no classifier, or a number of rows")
+    _check("tolerance", tolerance, _is_number(tolerance) and 1e-6 <= tolerance < 10, "a number from 1e-6 to 10")
+    _check("confidence", confidence, _is_number(confidence) and 0 < confidence <= 1 - 1e-9, "above 0 and below 1")
+    _check("sample", sample, _is_whole(sample) and sample >= 2, "a whole number, at least 2 rows")
+    fits = _is_whole(classifier_rows) and (classifier_rows == 0 or classifier_rows >= SMALLEST_SIDE)
+    _check("classifier_rows", classifier_rows, fits, f"0 for no classifier, or at least {SMALLEST_SIDE} rows")
+    _check("seed", seed, _is_whole(seed) and 0 <= seed < 2**32, "a whole number from 0 to 4294967295")
     settings: dict[str, Any] = {
         "tolerance": tolerance,
         "confidence": confidence,
@@ -148,6 +152,14 @@ def judge_sides(
     )
 
 
-def _check(name: str, value: float, holds: bool, wanted: str) -> None:
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and type(value) is not bool
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and type(value) is not bool
+
+
+def _check(name: str, value: object, holds: bool, wanted: str) -> None:
     if not holds:
         raise ArgumentError(f"{name} must be {wanted}, got {value!r}.")

@@ -81,7 +81,7 @@ def of_values(x: _Floats, y: _Floats) -> Distances:
     widths = np.diff(ordered)
     spread = float(x.std(ddof=1)) if x.size > 1 else 0.0
     area = area_bias = None
-    if spread > 0 and math.isfinite(spread):
+    if x[0] < x[-1] and spread > 0 and math.isfinite(spread):  # a constant's spread may be rounding above 0
         area = float((gaps[:-1] * widths).sum()) / spread
         share = (np.arange(1, values.size) / values.size).clip(0, 1)
         under = float((np.sqrt(share * (1 - share)) * widths).sum()) / spread

@@ -13,6 +13,8 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from steadynorm.shift.comparing.chance import chance_distance
+
 __all__ = [
     "Effect",
     "EffectKind",
@@ -105,7 +107,8 @@ def location(x: _Floats, y: _Floats, alpha: float) -> Effect | None:
         alpha: The chance that the interval may miss, in (0, 1).
 
     Returns:
-        The effect, or None where a side has too few values besides its most frequent one.
+        The effect, or None where a side has too few values besides its most frequent one, or a spread that float64
+        does not hold beside the other's.
 
     Source: Glass's delta; Hampel, The influence curve and its role in robust estimation, JASA 69 (1974).
 
@@ -115,7 +118,7 @@ def location(x: _Floats, y: _Floats, alpha: float) -> Effect | None:
         >>> print(f"{effect.estimate:.2f} from {effect.low:.2f} to {effect.high:.2f}")
         0.30 from 0.02 to 0.58
     """
-    if not _moves(x, y):
+    if not _moves(x, y) or not _have_spread(x, y):
         return None
     a, b, spread = x - x.mean(), y - y.mean(), float(x.std(ddof=1))
     d = float(y.mean() - x.mean()) / spread
@@ -137,14 +140,15 @@ def scale(x: _Floats, y: _Floats, alpha: float) -> Effect | None:
         alpha: The chance that the interval may miss, in (0, 1).
 
     Returns:
-        The effect, or None where a side has too few values besides its most frequent one.
+        The effect, or None where a side has too few values besides its most frequent one, or a spread that float64
+        does not hold beside the other's.
 
     Example:
         >>> x = np.linspace(-1, 1, 101)
         >>> print(f"{scale(x, 2 * x, alpha=0.05).estimate:.4f}")
         0.6931
     """
-    if not _moves(x, y):
+    if not _moves(x, y) or not _have_spread(x, y):
         return None
     a, b = x - x.mean(), y - y.mean()
     of_x, of_y = ((np.square(c) / float(np.square(c).mean()) - 1) / 2 for c in (a, b))
@@ -188,7 +192,8 @@ def composition(counts: _Floats, current: _Floats, alpha: float) -> Effect:
 
         TV = 1/2 Σ_k |p_k - q_k|,    d = 2 Phi^-1((1 + TV) / 2)
 
-    The interval is made as that of `distance`; with two categories it is the exact one of a share, `missing`.
+    The interval is made as that of `distance`, its bias the mean that chance alone gives (`chance_distance`); with two
+    categories it is the exact one of a share, `missing`.
 
     Args:
         counts: (K,) how often each category occurs in the reference; their sum n >= 1.
@@ -209,11 +214,8 @@ def composition(counts: _Floats, current: _Floats, alpha: float) -> Effect:
     if counts.size <= 2:
         share = missing(int(counts[0]), int(n), int(current[0]), int(m), alpha)
         return Effect("composition", abs(share.estimate), share.low, share.high)
-    p, q = counts / n, current / m
-    pooled = (counts + current) / (n + m)
-    each = 1 / n + 1 / m
-    bias = float(np.sqrt(pooled * (1 - pooled)).sum()) * math.sqrt(each / (2 * math.pi))
-    return _bounded("composition", float(np.abs(p - q).sum()) / 2, bias, each, alpha)
+    seen = float(np.abs(counts / n - current / m).sum()) / 2
+    return _bounded("composition", seen, chance_distance(counts + current, n), 1 / n + 1 / m, alpha)
 
 
 def missing(reference: int, n: int, current: int, m: int, alpha: float) -> Effect:
@@ -292,6 +294,11 @@ def _size(low: float, high: float) -> tuple[float, float]:
 def _moves(x: _Floats, y: _Floats) -> bool:
     """Whether both samples have enough values besides their most frequent one for a mean to be nearly normal."""
     return all(side.size - _largest_tie(side) >= FEWEST_MOVING for side in (x, y))
+
+
+def _have_spread(x: _Floats, y: _Floats) -> bool:
+    """Whether squares of both are within reach of float64: one side's may vanish beside the other's."""
+    return all(0 < float(side.std(ddof=1)) < math.inf for side in (x, y))
 
 
 def _largest_tie(values: _Floats) -> int:

@@ -70,15 +70,20 @@ def rows_needed(effects: Sequence[Effect], tolerance: float, rows: int) -> int |
         >>> rows_needed([Effect("location", 0.02, 0.0, 0.18)], tolerance=0.1, rows=1000)
         4000
     """
-    needed = {effect: _needed(effect, tolerance, rows) for effect in effects}
-    beyond = [n for effect, n in needed.items() if abs(effect.estimate) > tolerance]
-    worst = min(beyond) if beyond else max(needed.values(), default=0.0)
+    worst = _deciding(effects, tolerance, rows)[1] if effects else 0.0
     return None if worst > MANY else math.ceil(worst)
+
+
+def _deciding(effects: Sequence[Effect], tolerance: float, rows: int) -> tuple[Effect, float]:
+    """The effect that would decide first, and the rows it would take: one above the tolerance, else the slowest."""
+    needed = [(effect, _needed(effect, tolerance, rows)) for effect in effects]
+    beyond = [pair for pair in needed if abs(pair[0].estimate) > tolerance]
+    return min(beyond, key=lambda pair: pair[1]) if beyond else max(needed, key=lambda pair: pair[1])
 
 
 def _needed(effect: Effect, tolerance: float, rows: int) -> float:
     size = abs(effect.estimate)
-    half = size - effect.low if size > tolerance else effect.high - size
+    half = max(size - effect.low, effect.high - size)  # the lower end may have been cut off at 0
     gap = abs(size - tolerance)
     return rows * (half / gap) ** 2 if gap > 0 else math.inf
 
@@ -108,9 +113,10 @@ def why(verdict: Verdict, effects: Sequence[Effect], tolerance: float, rows: int
     if verdict in ("benign", "no shift"):
         seen = "a difference is seen, but " if verdict == "benign" else ""
         return f"{seen}no effect can be above {widest.high:.2f} deviations ({widest.kind}), less than {tolerance:g}"
-    needed = rows_needed(effects, tolerance, rows)
-    more = f"about {needed:,} rows a side would tell" if needed else "it lies where the tolerance does"
-    return f"the {widest.kind} may differ by {widest.low:.2f} to {widest.high:.2f} around {tolerance:g}; {more}"
+    slowest, needed = _deciding(effects, tolerance, rows)
+    more = "more than a billion rows" if needed > MANY else f"about {math.ceil(needed):,} rows"
+    span = f"{slowest.low:.2f} to {slowest.high:.2f}"
+    return f"the {slowest.kind} may differ by {span} around {tolerance:g}; {more} a side would tell"
 
 
 def _said(effect: Effect) -> str:

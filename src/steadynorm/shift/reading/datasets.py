@@ -1,7 +1,6 @@
 """Examples read one by one: a torch Dataset, or a folder of images; at most a stated number of them."""
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -39,8 +38,8 @@ def read(name: str, dataset: "Dataset[Any]", seed: int = 0, progress: bool = Fal
         DataError: No examples, one that cannot be had, or not all of one sort.
     """
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        first = cast("list[Any]", list(itertools.islice(iter(cast("Any", dataset)), MAX_EXAMPLES)))
-        return _framed(name, range(len(first)), lambda i: _row(first[i]), progress)
+        stream = iter(cast("Iterator[Any]", dataset))  # of which no more than an example is in memory
+        return _framed(name, range(MAX_EXAMPLES), lambda _: _row(next(stream)), progress)
     length = len(cast("Any", dataset))
     picked = _picked(length, seed)
     frame = _framed(_shown(name, len(picked), length), picked, lambda i: _row(cast("Any", dataset)[i]), progress)
@@ -84,6 +83,8 @@ def _framed(name: str, picked: Sequence[int], row: Callable[[int], dict[str, _Fl
     for i in tracked(picked, f"reading {name}", show=progress):
         try:
             found = row(i)
+        except StopIteration:
+            break
         except DataError as error:
             raise DataError(f"{name}, example {i}: {error}") from error
         except Exception as error:  # whatever the user's own data set raises

@@ -50,15 +50,17 @@ class TableFrame:
         table: `ibis.Table`; every question becomes one expression over it, run by the engine that it belongs to.
         rows: All rows.
         types: The columns, in order.
+        ordered: Whether the engine gives the rows in the order of the source, as DuckDB does those of files.
     """
 
     name: str
     table: Any
     rows: int
     types: Mapping[str, Declared]
+    ordered: bool = False
 
     @classmethod
-    def of(cls, name: str, table: Any) -> "TableFrame":
+    def of(cls, name: str, table: Any, ordered: bool = False) -> "TableFrame":
         """Asks the engine for the columns and counts the rows.
 
         Raises:
@@ -69,7 +71,7 @@ class TableFrame:
         except Exception as error:
             raise _unreadable(name, error) from error
         rows = _run(name, table.aggregate(rows=table.count()))["rows"][0].as_py() if types else 0
-        return cls(name, table, int(rows), types)
+        return cls(name, table, int(rows), types, ordered)
 
     def sample(self, readings: Mapping[str, Reading], size: int, seed: int) -> Sample:
         """At most `size` rows: a Bernoulli sample with a few rows to spare, then trimmed at random.
@@ -93,7 +95,8 @@ class TableFrame:
             columns[name] = _column(
                 self.types[name].base, reading, texts, found[f"number{i}"] if f"number{i}" in wanted else None
             )
-        return Sample(found.num_rows, columns, None)
+        whole = self.ordered and found.num_rows == self.rows
+        return Sample(found.num_rows, columns, np.arange(self.rows) if whole else None)
 
     def facts(self, readings: Mapping[str, Kind], ranges: Mapping[str, tuple[float, float] | None]) -> dict[str, Facts]:
         """Aggregates of all rows: one pass over each column, many columns to a query."""

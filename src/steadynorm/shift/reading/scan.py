@@ -20,6 +20,8 @@ __all__ = ["MAX_CATEGORIES", "Column", "Kind", "Schema", "Side", "scan"]
 MAX_CATEGORIES: Final = 1_000
 """Most categories of a column that are counted one by one; the others are counted together."""
 
+_CANDIDATES: Final = 4
+
 MAX_SAMPLED_VALUES: Final = 50_000_000
 """Most values (rows times columns) in a side's sample: 400 MB."""
 
@@ -66,7 +68,7 @@ def scan(
     Example:
         >>> old, new, _ = scan({"x": [1.0, 2.0, 3.0], "c": ["a", "b", "b"]}, {"x": [2.0, 9.0], "c": ["b", "z"]})
         >>> new.columns["x"].above, new.columns["x"].mean, new.columns["c"].counts
-        (1, 5.5, {'b': 1, 'z': 1, 'a': 0})
+        (1, 5.5, {'b': 1, 'a': 0, 'z': 1})
     """
     if sample < 1:
         raise ArgumentError(f"sample must be at least 1 row, got {sample}.")
@@ -178,18 +180,19 @@ def _columns(
 
 
 def _counted(name: str, frames: tuple[Frame, Frame]) -> tuple[list[dict[str, int] | None], list[int | None]]:
-    """Exact counts of the categories with the largest shares of the two sides together, and how many there are."""
-    found = [frame.largest(name, MAX_CATEGORIES) for frame in frames]
+    """Exact counts of the most frequent categories of both sides together, and how many there are.
+
+    Chosen by their rows on both sides together, whichever they are on: a choice by the sides' shares would favour what
+    one side has by chance. More candidates are looked at than kept, since each side names its own most frequent ones.
+    """
+    found = [frame.largest(name, _CANDIDATES * MAX_CATEGORIES) for frame in frames]
     for i, frame in enumerate(frames):
         mine, distinct = found[i]
         absent = [text for text in found[1 - i][0] if text not in mine]
         if distinct > len(mine) and absent:
             found[i] = mine | frame.counts_of(name, absent), distinct
-    shares = {
-        text: sum(counts.get(text, 0) / frame.rows for (counts, _), frame in zip(found, frames, strict=True))
-        for text in {**found[0][0], **found[1][0]}
-    }
-    largest = sorted(shares, key=lambda text: (-shares[text], text))[:MAX_CATEGORIES]
+    rows = {text: sum(counts.get(text, 0) for counts, _ in found) for text in {**found[0][0], **found[1][0]}}
+    largest = sorted(rows, key=lambda text: (-rows[text], text))[:MAX_CATEGORIES]
     return [{text: counts.get(text, 0) for text in largest} for counts, _ in found], [n for _, n in found]
 
 

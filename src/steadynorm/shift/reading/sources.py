@@ -91,6 +91,8 @@ def opened(source: Source, role: str, stack: ExitStack, *, seed: int = 0, progre
 
 
 def _from_text(text: str, stack: ExitStack, seed: int, progress: bool) -> Frame:
+    if not text.strip():
+        raise ArgumentError(f"an empty path names nothing. Required is {_ACCEPTED}.")
     path = Path(text).expanduser()
     if path.is_file():
         return _from_file(path, stack)
@@ -125,9 +127,14 @@ def _from_file(path: Path, stack: ExitStack) -> Frame:
 def _from_folder(path: Path, stack: ExitStack, seed: int, progress: bool) -> Frame:
     files = [each for each in sorted(path.rglob("*")) if each.is_file() and not _hidden(each.relative_to(path))]
     pictures = [each for each in files if is_image(each)]
+    found = [each for each in files if suffix_of(each) in tables.TABLE_SUFFIXES]
+    if pictures and found:
+        raise DataError(
+            f"{path}: a folder of images or of table files is required, got both, {pictures[0].name!r} and "
+            f"{found[0].name!r} among them. Name the files with a glob."
+        )
     if pictures:
         return datasets.read_images(path.resolve().name, pictures, seed, progress)
-    found = [each for each in files if suffix_of(each) in tables.TABLE_SUFFIXES]
     if found:
         return tables.from_files(path.resolve().name, found, stack)
     raise DataError(
@@ -143,8 +150,13 @@ def _hidden(path: Path) -> bool:
 
 def _plain(tensor: Tensor) -> NDArray[Any]:
     """numpy has no bfloat16."""
-    own = tensor.detach().cpu()
-    return (own.float() if own.dtype == torch.bfloat16 else own).numpy()
+    try:
+        own = tensor.detach().cpu()
+        return (own.float() if own.dtype == torch.bfloat16 else own).numpy()
+    except (TypeError, RuntimeError, NotImplementedError) as error:  # sparse, quantised, meta
+        raise DataError(
+            f"a plain dense tensor is required, got {tensor.layout}, {tensor.dtype}. Convert it."
+        ) from error
 
 
 def _from_array(name: str, array: NDArray[Any]) -> ArrayFrame:
@@ -166,6 +178,8 @@ def _from_columns(name: str, columns: Mapping[str, Any]) -> ArrayFrame:
     lengths: dict[str, int] = {}
     for key, values in columns.items():
         for column, part in _parts(name, str(key), values).items():
+            if column in held:
+                raise DataError(f"{name}: two columns would be called {column!r}. Rename one of them.")
             held[column], lengths[column] = part
     return _framed(name, held, lengths)
 

@@ -26,7 +26,9 @@ _SORTS: Final = {
     **dict.fromkeys(_ARROW, "Arrow"),
 }
 # Without BOOLEAN: yes and no in one file, yes, no and maybe in the next, are one column of categories.
-_CSV_TYPES: Final = ["BIGINT", "DOUBLE", "DATE", "TIMESTAMP", "VARCHAR"]
+# Without DATE and TIMESTAMP WITH TIME ZONE: "inf" would be one. A plain date is a time as well; see `_zoned_times`.
+_CSV_TYPES: Final = ["BIGINT", "DOUBLE", "TIMESTAMP", "VARCHAR"]
+_ZONED: Final = "timestamp('UTC')"
 _MEMORY: Final = "1GB"  # for DuckDB's own buffers; beyond it, DuckDB spills to the temporary folder
 
 
@@ -64,9 +66,36 @@ def from_files(name: str, paths: Sequence[Path], stack: ExitStack) -> TableFrame
         names = [_from_arrow(path, folder / f"{i}.parquet") for i, path in enumerate(paths)]
     try:
         table = connection.read_parquet(names, hive_partitioning=False, union_by_name=True)
+        table = _zoned_times(table) if sorts[0] == "CSV" else _known_times(table)
     except Exception as error:
         raise _damaged(paths, "Parquet", error) from error
-    return TableFrame.of(name, table)
+    return TableFrame.of(name, table, ordered=True)
+
+
+def _known_times(table: Any) -> Any:
+    """Ibis knows DuckDB's times with a zone to the microsecond only, and pandas writes nanoseconds."""
+    fine = [name for name, dtype in table.schema().items() if dtype.is_unknown() and "TIMESTAMPTZ_NS" in str(dtype)]
+    return table.mutate(**{name: table[name].cast(_ZONED) for name in fine}) if fine else table
+
+
+def _zoned_times(table: Any) -> Any:
+    """Columns of text in which every value is a time with a zone, as in 2024-05-01T12:00:00Z, become times."""
+    texts = [name for name, dtype in table.schema().items() if dtype.is_string()]
+    some = table.select(*texts).limit(1).to_pyarrow().to_pylist() if texts else []
+    likely = [name for name in texts if some and _starts_like_a_time(some[0][name])]
+    if not likely:
+        return table
+    counts: dict[str, Any] = {}
+    for i, name in enumerate(likely):
+        whole = table[name].like("____-__-__%:%")
+        counts |= {f"all{i}": table[name].count(), f"times{i}": table[name].try_cast(_ZONED).count(where=whole)}
+    found = table.aggregate(**counts).to_pyarrow().to_pylist()[0]
+    times = [name for i, name in enumerate(likely) if 0 < found[f"all{i}"] == found[f"times{i}"]]
+    return table.mutate(**{name: table[name].try_cast(_ZONED) for name in times}) if times else table
+
+
+def _starts_like_a_time(text: str | None) -> bool:
+    return text is None or (len(text) > 10 and text[4:5] == text[7:8] == "-" and ":" in text)
 
 
 def from_url(text: str, stack: ExitStack) -> TableFrame:
@@ -90,6 +119,11 @@ def from_url(text: str, stack: ExitStack) -> TableFrame:
         if engine == "duckdb":
             connection: Any = ibis.duckdb.connect(str(Path(file).expanduser()), read_only=True)
             _set_up(connection)
+            # By SET, since both sides may be tables of one file, which takes one configuration.
+            connection.raw_sql(f"SET memory_limit = '{_MEMORY}'")
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="steadynorm-"))
+            with suppress(Exception):  # the other side has set it
+                connection.raw_sql(f"SET temp_directory = '{folder}'")
         else:
             connection = ibis.connect(address)
     except ImportError as error:
@@ -166,6 +200,7 @@ def _from_csv(connection: Any, paths: Sequence[Path], names: list[str], folder: 
             skiprows=0,
             sep=separators.pop(),
             quotechar='"',
+            comment="",
             sample_size=-1,
             na_values=MISSING,
             auto_type_candidates=_CSV_TYPES,
