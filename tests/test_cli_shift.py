@@ -1,6 +1,8 @@
 """`steadynorm shift`: the report on standard output, exit codes, and one line for each bad input."""
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,3 +111,46 @@ def test_a_folder_without_images(shift, files, tmp_path):
     (tmp_path / "empty").mkdir()
     done = shift(tmp_path / "empty", tmp_path / "empty")
     assert (done.code, done.err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seed", -1], "seed must be"),
+        (["--seed", 2**40], "seed must be"),
+        (["--tolerance", "1e-300"], "tolerance must be"),
+        (["--confidence", "0.9999999999999999"], "confidence must be"),
+        (["--classifier-rows", 10], "at least 50 rows"),
+        (["--columns", ""], "at least one column"),
+        (["--out", "."], "--out must name a file"),
+        (["--out", ""], "--out must name a file"),
+        (["--out", "1.csv/page.html"], "1.csv"),
+        (["--out", "x" * 300], "x" * 300),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line_and_exit_code_2(shift, files, tmp_path, monkeypatch, options, words):
+    """Never 1, which says that there was a shift."""
+    monkeypatch.chdir(tmp_path)
+    done = shift(files[0], files[1], *options)
+    assert done.code == 2
+    assert words in done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_in_an_encoding_that_lacks_a_sign(files, encoding):
+    """As where it is redirected to a file on another system."""
+    command = [sys.executable, "-c", "from steadynorm.cli import main; main()", "shift", files[0], files[2]]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([*map(str, command), "--classifier-rows", "0"], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"shifted" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_one_line_and_exit_code_2(files):
+    command = [sys.executable, "-c", "from steadynorm.cli import main; main()", "shift", files[0], files[0], "--json"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*map(str, command), "--classifier-rows", "0"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
