@@ -1,6 +1,7 @@
 """Writes what was measured of covariate shift into docs/guides/shift.md, between its marks.
 
     python benchmarks/shift_tables.py
+    python benchmarks/shift_rare.py
     python benchmarks/shift_scale.py --rows 10000000 --command compare --out docs/measured/shift-scale.json
     python examples/covariate_shift.py > docs/measured/shift-remedies.txt
     python benchmarks/shift_pages.py
@@ -67,6 +68,15 @@ def power_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def rare_table(results: list[dict[str, Any]]) -> str:
+    """False alarms among columns of rare categories."""
+    lines = ["| categories | reference | current | shifted |", "| --- | --- | --- | --- |"]
+    for row in results:
+        n, m = row["sizes"]
+        lines.append(f"| {row['pool']} | {n:,} | {m:,} | {row['shifted']} of {row['tables']} |")
+    return "\n".join(lines) + "\n"
+
+
 def scale_table(results: list[dict[str, Any]]) -> str:
     """Seconds and memory of a whole comparison, by the size of the tables."""
     lines = ["| rows a side | columns | on disk | seconds | peak memory |", "| --- " * 5 + "|"]
@@ -85,6 +95,7 @@ def blocks() -> dict[str, str]:
     return {
         "shift-null": null_table(tables),
         "shift-power": power_table(tables),
+        "shift-rare": rare_table(json.loads((MEASURED / "shift-rare.json").read_text())),
         "shift-scale": scale_table(json.loads((MEASURED / "shift-scale.json").read_text())),
         "shift-remedies": f"```text\n{(MEASURED / 'shift-remedies.txt').read_text()}```\n",
     }
