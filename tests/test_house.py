@@ -33,6 +33,7 @@ PUBLIC = [
     "activations",
     "average_",
     "compare",
+    "convert_",
     "diagnose",
     "domain",
     "errors",
@@ -47,7 +48,9 @@ PUBLIC = [
     "population",
     "recalibrate_",
     "report",
+    "revert_",
     "shift",
+    "surgery",
     "sync_",
     "unfreeze_",
 ]

@@ -7,6 +7,7 @@ from . import nn as nn
 from . import population as population
 from . import report as report
 from . import shift as shift
+from . import surgery as surgery
 from .experiment import compare as compare
 from .moments import Moments as Moments
 from .nn import BatchNorm1d as BatchNorm1d
@@ -23,6 +24,8 @@ from .nn import sync_ as sync_
 from .nn import unfreeze_ as unfreeze_
 from .population import diagnose as diagnose
 from .population import recalibrate_ as recalibrate_
+from .surgery import convert_ as convert_
+from .surgery import revert_ as revert_
 from .walkthrough import explain as explain
 
 __all__ = [
@@ -35,6 +38,7 @@ __all__ = [
     "activations",
     "average_",
     "compare",
+    "convert_",
     "diagnose",
     "domain",
     "errors",
@@ -49,7 +53,9 @@ __all__ = [
     "population",
     "recalibrate_",
     "report",
+    "revert_",
     "shift",
+    "surgery",
     "sync_",
     "unfreeze_",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.activations import ActivationLike, resolve
-from steadynorm.errors import ArgumentError, ConversionWarning, ShapeError
+from steadynorm.errors import ArgumentError, ConversionWarning, ModelError, ShapeError
 from steadynorm.nn.correcting import Corrector
 from steadynorm.nn.domains import checked_domains
 from steadynorm.nn.exporting import aten_step
@@ -229,6 +229,12 @@ class BatchNorm(Stateful):
         """torch.nn's, and what differs from the defaults of the options that torch.nn lacks."""
         written = [f"{k}={v}" if k == "activation" else f"{k}={v!r}" for k, v in self._options.items()]
         return ", ".join([super().extra_repr(), *written])
+
+    def __prepare_scriptable__(self) -> None:  # what torch.jit.script calls before it compiles a model
+        raise ModelError(
+            f"torch.jit.script cannot compile {self}. Call steadynorm.revert_(model) first, which makes it torch.nn's "
+            "layer again and says what torch's lacks; or use torch.export or torch.compile, which take it as it is."
+        )
 
     @property
     def qconfig(self) -> Any:
