@@ -503,3 +503,20 @@ def test_a_stream_of_examples_is_not_held_in_memory():
 
     assert scan(Stream(), Stream())[0].rows == 40
     assert Stream.most <= 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "texts"),
+    [
+        ("boolean", ["t", "TRUE", "f", "False", "yes", "no", "y", "N", "1", "0", "on", "2", " true "]),
+        ("numeric", ["1_000", "١", "1e5", " 5 ", "+5", ".5", "inf", "-Infinity", "0x10", "1,5", "1e"]),
+        ("time", ["20240105", "2024-01-05", "2024-1-5", "2024/01/05", "2024-01-05 10:00", "2024-01-05T10:00:00Z",
+                  "2024-01-05T10:00:00+02:00", "2024-01-05T10:00:00.25", "2024", "2024-01", "next week"]),
+    ],
+)  # fmt: skip
+def test_text_means_the_same_in_memory_and_in_a_file(tmp_path, kind, texts):
+    path = write({"x": texts}, tmp_path / "t.parquet")
+    for text in texts:
+        path = write({"x": [text, *texts]}, tmp_path / "t.parquet")
+        file, memory, _ = scan(path, {"x": [text, *texts]}, types={"x": kind})
+        np.testing.assert_array_equal(file.columns["x"].values[:1], memory.columns["x"].values[:1], err_msg=text)

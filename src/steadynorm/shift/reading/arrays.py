@@ -1,8 +1,10 @@
 """The small engine for columns in memory: the same questions as `engine` asks a database, answered by numpy."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from datetime import UTC, datetime
+from typing import Any, Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +19,16 @@ from steadynorm.shift.reading.frames import (
     text_of,
 )
 from steadynorm.shift.reading.sides import Kind
-from steadynorm.shift.reading.values import Held, seconds_of
+from steadynorm.shift.reading.values import Held
 
 __all__ = ["ArrayFrame", "aggregates", "drawn"]
+
+# What DuckDB takes for one, so that a column means the same in memory and in a file.
+_TRUTH: Final = {
+    **dict.fromkeys(("true", "t", "yes", "y", "1"), 1.0),
+    **dict.fromkeys(("false", "f", "no", "n", "0"), 0.0),
+}
+_TIME: Final = re.compile(r"(\d{4})[-/](\d{1,2})[-/](\d{1,2})(?:[T ](\d{2}:\d{2}.*))?", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,12 +146,22 @@ def _numbers(held: Held, reading: Reading, picked: NDArray[np.intp] | None = Non
 def _parsed(text: str, reading: Reading) -> float:
     try:
         if reading == "boolean":
-            return {"true": 1.0, "false": 0.0}.get(text.strip().lower(), np.nan)
+            return _TRUTH.get(text.lower(), np.nan)
         if reading == "time":
-            return float(seconds_of(np.array(text.strip().replace(" ", "T"), dtype="datetime64[us]")))
-        return float(text)
+            return _seconds(text)
+        return float(text) if text.isascii() else np.nan
     except ValueError:
         return np.nan
+
+
+def _seconds(text: str) -> float:
+    """Since 1970, in UTC: of a date, or a date and a time with a zone or without one (then UTC)."""
+    found = _TIME.fullmatch(text)
+    if found is None:
+        return np.nan
+    year, month, day, rest = found.groups()
+    moment = datetime.fromisoformat(f"{year}-{int(month):02}-{int(day):02}" + (f"T{rest}" if rest else ""))
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _codes(held: Held) -> Coded:

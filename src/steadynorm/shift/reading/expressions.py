@@ -55,7 +55,9 @@ def number(column: Any, base: Base | None, kind: Reading) -> Any:
     if base == "string":
         if kind == "boolean":
             return column.try_cast("boolean").cast("int8").cast("float64")
-        return _seconds(column.try_cast("timestamp")) if kind == "time" else column.try_cast("float64")
+        # With a zone, or else "+02:00" would be dropped; where there is none, it is the connection's, which is UTC.
+        moments = column.try_cast("timestamp('UTC')").cast("timestamp")
+        return _seconds(moments) if kind == "time" else column.try_cast("float64")
     if base == "time":
         return _seconds(column.cast("timestamp") if column.type().is_date() else column)
     if base == "boolean":
