@@ -39,6 +39,7 @@ PUBLIC = [
     "errors",
     "experiment",
     "explain",
+    "fold",
     "freeze_",
     "functional",
     "functional_call",

@@ -25,6 +25,7 @@ from .nn import unfreeze_ as unfreeze_
 from .population import diagnose as diagnose
 from .population import recalibrate_ as recalibrate_
 from .surgery import convert_ as convert_
+from .surgery import fold as fold
 from .surgery import revert_ as revert_
 from .walkthrough import explain as explain
 
@@ -44,6 +45,7 @@ __all__ = [
     "errors",
     "experiment",
     "explain",
+    "fold",
     "freeze_",
     "functional",
     "functional_call",

@@ -186,8 +186,8 @@ def _dead(state: LayerState) -> Iterator[Finding]:
             what,
             {"channels": int(bad.sum()), "of": state.channels, "share": share, "first_channel": _first(bad),
              "largest_gamma": top},
-            f"{int(bad.sum())} of the channels could be pruned, with the weights that make and read them (their β moves into "
-            "the next layer's bias). If they should be alive, exclude γ from weight decay.",
+            f"{int(bad.sum())} of the channels could be pruned, with the weights that make and read them (their β "
+            "moves into the next layer's bias). If they should be alive, exclude γ from weight decay.",
             share,
         )  # fmt: skip
 

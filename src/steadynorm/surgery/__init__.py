@@ -1,4 +1,4 @@
-"""Surgery on a user's model: its batch norms to ours and back (`convert_`, `revert_`)."""
+"""Surgery on a user's model: its batch norms to ours and back, or into the weights around them."""
 
 from typing import TYPE_CHECKING
 
@@ -7,15 +7,19 @@ import lazy_loader
 if TYPE_CHECKING:
     from steadynorm.surgery.conversion_report import ConversionReport
     from steadynorm.surgery.converting import convert_
+    from steadynorm.surgery.fold_report import FoldReport
+    from steadynorm.surgery.folding import fold
     from steadynorm.surgery.reverting import revert_
 
-__all__ = ["ConversionReport", "convert_", "revert_"]
+__all__ = ["ConversionReport", "FoldReport", "convert_", "fold", "revert_"]
 
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "conversion_report": ["ConversionReport"],
         "converting": ["convert_"],
+        "fold_report": ["FoldReport"],
+        "folding": ["fold"],
         "reverting": ["revert_"],
     },
 )

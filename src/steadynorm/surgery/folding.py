@@ -1,0 +1,267 @@
+"""`fold`: a model for inference without the batch norms that a neighbour's weights can absorb."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.modules.conv import _ConvNd as TorchConv  # pyright: ignore[reportPrivateUsage]
+from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
+
+from steadynorm.errors import ArgumentError, ModelError, SteadynormError
+from steadynorm.surgery.affine import Weights
+from steadynorm.surgery.fold_report import FoldedLayer, FoldReport
+from steadynorm.surgery.patterns import is_batchnorm
+from steadynorm.surgery.planning import Fold, Plan
+from steadynorm.surgery.reading import Reading, Root
+
+__all__ = ["FoldedModel", "fold"]
+
+_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class FoldedModel(Protocol):
+    """What `fold` adds to the model it returns."""
+
+    fold_report: FoldReport
+
+
+def fold(model: nn.Module, *, example: Any = None, verify: Any = None) -> nn.Module:
+    """A copy of a model for inference in which batch norms have gone into the layers before or after them.
+
+    A batch norm in evaluation is an affine map per channel, y = a x + b with a = γ / sqrt(σ² + ε), b = β - μ a and σ²
+    the stored, unbiased variance. It goes into the weights w and bias c of a neighbour, in float64, rounded once:
+
+        layer, then batch norm      w' = a w           c' = a c + b
+        batch norm, then layer      w' = w a           c' = c + Σ w b
+
+    Layers: Conv1d, 2d, 3d, ConvTranspose1d, 2d, 3d, Linear. Between them and the batch norm there may be Identity,
+    Dropout, flattening and average pooling; before it also a concatenation of such layers. A convolution behind a
+    batch norm that pads with zeros is given the value that the batch norm maps to zero to pad with. The activation of
+    steadynorm's layers, and their residual, stay.
+
+    The model is read by `torch.fx`, or where that fails, its largest parts that can be. What cannot be folded exactly
+    is left as it is, and the report says why: weights used twice, parametrised or hooked layers, and more.
+
+    Args:
+        model: In evaluation; it is not changed.
+        example: An input of the model, to learn from it on which axes the channels of a batch norm behind a linear
+            layer lie: a tensor, a tuple of arguments or a dict of named ones. Without one they are taken to be the
+            features of 2-D inputs, and any other input is refused by an error.
+        verify: One such input, or a list of several, run through both models. Also used as example.
+
+    Returns:
+        The folded model, with a `fold_report` (a `FoldReport`). What stays keeps its names in the state_dict; a layer
+        may have got a bias.
+
+    Raises:
+        ModelError: The model is in training, cannot be copied, or the verified error is beyond the bound: of the
+            output's scale 1e-9 in float64, 1e-4 in float32, 2e-2 in float16, 1e-1 in bfloat16.
+        ArgumentError: `model` is not a module.
+
+    Source:
+        Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+        Inference", section 3.2.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> folded = fold(model)
+        >>> print(folded.fold_report)
+        1 of 1 batch norms folded
+          folded 1: into 0 before it
+        >>> list(folded.state_dict())
+        ['0.weight', '0.bias']
+    """
+    _check(model)
+    folded, reading = _copy(model), Reading(_copy(model))
+    inputs = _inputs(verify) if verify is not None else []
+    ranks = _ranks(model, [*inputs, *(_inputs(example) if example is not None else [])])
+    originals = dict(model.named_modules(remove_duplicate=False))
+    said: dict[str, FoldedLayer] = {}
+    for root in reading.roots:
+        plan = _confirmed(reading, root, _agreed(reading, root, originals, ranks))
+        _apply(folded, reading, plan.folds, plan.weights)
+        said |= {n: FoldedLayer(n, True, one.into, one.how) for n, one in plan.folds.items()}
+        said |= {n: FoldedLayer(n, False, (), why) for n, why in plan.left.items()}
+    layers = tuple(
+        said.get(name) or FoldedLayer(name, False, (), _unread(module, reading.untraced))
+        for name, module in model.named_modules()
+        if isinstance(module, TorchBatchNorm)
+    )
+    error, bound = _verified(model, folded, inputs) if inputs else (None, None)
+    cast(FoldedModel, folded).fold_report = FoldReport(layers, tuple(reading.untraced.items()), error, bound)
+    return folded
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError(f"fold needs a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("fold needs a model in Python, got one of TorchScript: fold it before torch.jit.script.")
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ModelError(
+            f"fold needs a model in evaluation, and {training[0]} is in training ({len(training)} modules are): folded "
+            "layers use the stored statistics. Call model.eval() first."
+        )
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"fold changes a copy of the model, and this {type(model).__name__} cannot be copied ({error}). Tensors "
+            "with a history of gradients are the usual reason: weight_norm's, or attributes kept from a forward."
+        ) from error
+
+
+def _inputs(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list) else [given]
+
+
+def _run(model: nn.Module, given: Any) -> Any:
+    try:
+        with torch.no_grad():
+            if isinstance(given, dict):
+                return model(**given)
+            return model(*given) if isinstance(given, tuple) else model(given)
+    except SteadynormError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"example= and verify= need inputs that the model takes (a tensor, a tuple of arguments, a dict of named "
+            f"ones); with the given one it failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _ranks(model: nn.Module, inputs: Sequence[Any]) -> dict[str, set[int]]:
+    """The numbers of axes of each batch norm's inputs."""
+    seen: dict[str, set[int]] = {}
+
+    def hook(name: str) -> Any:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, Tensor):
+                seen.setdefault(name, set()).add(x.dim())
+
+        return before
+
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, TorchBatchNorm)]
+    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in norms] if inputs else []
+    try:
+        for given in inputs:
+            _run(model, given)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _agreed(reading: Reading, root: Root, originals: Mapping[str, nn.Module], ranks: Mapping[str, set[int]]) -> Plan:
+    """The plan that holds whichever of a forward's optional arguments are given."""
+    banned: dict[str, str] = {}
+    while True:
+        plans = [Plan(reading, root, view, originals, ranks, banned).make() for view in root.views]
+        first = plans[0]
+        differing = {
+            name: "what is around it depends on the optional arguments of the forward"
+            for plan in plans
+            for name in {**plan.folds, **first.folds}
+            if _place(plan, name) != _place(first, name)
+        }
+        if not differing:
+            return first
+        banned |= differing
+
+
+def _place(plan: Plan, name: str) -> tuple[str, ...] | None:
+    return plan.folds[name].into if name in plan.folds else None
+
+
+def _confirmed(reading: Reading, root: Root, plan: Plan) -> Plan:
+    """The plan, if the part can be traced without the batch norms: its forward has no other way to them."""
+    if not plan.folds:
+        return plan
+    modules = dict(reading.model.named_modules(remove_duplicate=False))
+    _place_remains(reading.model, reading, plan.folds)
+    try:
+        reading.trace(root)
+    except Exception as error:
+        for name in plan.folds:
+            for alias in reading.names[id(modules[name])]:
+                _replace(reading.model, alias, modules[name])
+        why = f"the forward needs the layer itself ({type(error).__name__}: {error})"
+        plan.left |= dict.fromkeys(plan.folds, why)
+        plan.folds, plan.weights = {}, {}
+    return plan
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    model.get_submodule(parent)._modules[own] = module  # pyright: ignore[reportPrivateUsage]
+
+
+def _place_remains(model: nn.Module, reading: Reading, folds: Mapping[str, Fold]) -> None:
+    for name, made in folds.items():
+        for alias in _aliases(reading, name):
+            _replace(model, alias, made.remains.eval())
+
+
+def _aliases(reading: Reading, name: str) -> Iterator[str]:
+    yield from next(names for names in reading.names.values() if name in names)
+
+
+def _apply(folded: nn.Module, reading: Reading, folds: Mapping[str, Fold], weights: Mapping[str, Weights]) -> None:
+    for name, made in folds.items():
+        remains = copy.deepcopy(made.remains).eval()
+        for alias in _aliases(reading, name):
+            _replace(folded, alias, remains)
+        if made.unpadded is not None:
+            conv = cast(TorchConv, folded.get_submodule(made.unpadded))
+            conv.padding = (0,) * len(conv.kernel_size)
+            none = [0, 0] * len(conv.kernel_size)
+            conv._reversed_padding_repeated_twice = none  # pyright: ignore[reportPrivateUsage]
+    for name, made in weights.items():
+        layer = folded.get_submodule(name)
+        old = cast(nn.Parameter, layer.weight)
+        with torch.no_grad():
+            old.copy_(made.weight)
+            bias = made.bias.to(device=old.device, dtype=old.dtype)
+            kept = cast("nn.Parameter | None", layer.bias)
+            if kept is None:
+                layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
+            else:
+                kept.copy_(bias)
+
+
+def _unread(module: nn.Module, untraced: Mapping[str, str]) -> str:
+    if not is_batchnorm(module):
+        return f"{type(module).__name__} computes something of its own"
+    return "its part of the model could not be traced" if untraced else "the forward does not call it"
+
+
+def _verified(model: nn.Module, folded: nn.Module, inputs: Sequence[Any]) -> tuple[float, float]:
+    worst, bound = 0.0, min(_BOUNDS.values())
+    for given in inputs:
+        wanted, got = (_tensors(_run(one, given)) for one in (model, folded))
+        if len(wanted) != len(got) or not wanted:
+            raise ModelError("verify needs a model whose outputs are tensors, the same number from both models.")
+        for a, b in zip(wanted, got, strict=True):
+            bound = max(bound, _BOUNDS.get(a.dtype, 1e-4))
+            scale = a.double().abs().max().item()
+            error = (a.double() - b.double()).abs().max().item()
+            relative = error / scale if scale > 0 else error
+            worst = relative if relative != relative else max(worst, relative)
+    if not worst <= bound:
+        raise ModelError(
+            f"the folded model differs from the original by {worst:.2g} of the output's scale, beyond {bound:.0e}. "
+            "Keep the original; a forward that depends on its input's values, or statistics of huge scale, can be why."
+        )
+    return worst, bound
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]

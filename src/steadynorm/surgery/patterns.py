@@ -1,0 +1,251 @@
+"""The graph of a model around its batch norms: which layers feed each, and which it feeds, with only maps between them
+that let an affine map per channel pass."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
+from torch.nn.utils import parametrize
+
+from steadynorm.nn.base import BatchNorm
+
+__all__ = ["FOLDABLE", "Left", "View", "is_batchnorm", "obstacle"]
+
+FOLDABLE: tuple[type[nn.Module], ...] = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+    nn.Linear,
+)
+"""The layers that can take over a batch norm."""
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_F_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+_ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+_F_ADAPTIVE = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+_NORM_FORWARDS = (TorchBatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
+_CALL_OPS = ("call_module", "call_function", "call_method")
+
+
+class Left(Exception):
+    """A batch norm stays; the message is the reason, as the report gives it."""
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Whether it computes what torch's or steadynorm's batch norms do: a subclass may compute something else."""
+    return isinstance(module, TorchBatchNorm) and type(module).forward in _NORM_FORWARDS
+
+
+def _is_foldable(module: nn.Module) -> bool:
+    for kind in FOLDABLE:
+        if isinstance(module, kind):
+            same = type(module).forward is kind.forward
+            return same and (kind is nn.Linear or type(module)._conv_forward is kind._conv_forward)  # pyright: ignore
+    return False
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why a layer's weights are not to be touched; None where they may be."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
+        return "is not initialised: run a batch first"
+    if parametrize.is_parametrized(module):
+        return "is parametrised: remove the parametrization first"
+    if module._forward_pre_hooks or module._forward_hooks:  # pyright: ignore[reportPrivateUsage]
+        return "has forward hooks (as weight_norm and spectral_norm leave them)"
+    if module.__dict__.get("qconfig") is not None:
+        return "is prepared for quantisation"
+    weight = getattr(module, "weight", None)
+    if weight is not None and not weight.is_floating_point():
+        return f"has weights of {weight.dtype}"
+    return None
+
+
+class _Tracer(fx.Tracer):
+    """Keeps whole what can be folded, and what cannot be traced."""
+
+    def __init__(self, opaque: frozenset[int]) -> None:
+        super().__init__()
+        self.opaque = opaque
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = is_batchnorm(m) or _is_foldable(m) or id(m) in self.opaque
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+
+def _literal(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    """An argument that is written in the code."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[place] if len(node.args) > place else default
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What a call between two layers works on: the places, the places and the channels, or the first two axes."""
+
+    pools: bool = False
+    joins: bool = False
+    rows: bool = False
+
+
+class View:
+    """One trace of a module's forward.
+
+    Attributes:
+        nodes: The only call of each module called once, by the module's id.
+        calls: How often each module is called, by its id.
+    """
+
+    def __init__(self, root: nn.Module, opaque: frozenset[int], concrete: Mapping[str, Any] | None = None) -> None:
+        self.graph = _Tracer(opaque).trace(root, None if concrete is None else dict(concrete))
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.calls: Counter[int] = Counter()
+        self.nodes: dict[int, fx.Node] = {}
+        self.read_directly: set[int] = set()
+        parameters = dict(root.named_parameters(remove_duplicate=False)) | dict(root.named_buffers())
+        for node in self.graph.nodes:
+            module = self.module(node)
+            if module is not None:
+                self.calls[id(module)] += 1
+                self.nodes[id(module)] = node
+            elif node.op == "get_attr" and node.target in parameters:
+                self.read_directly.add(id(parameters[node.target]))
+
+    def module(self, node: object) -> nn.Module | None:
+        """The module that a node calls."""
+        if isinstance(node, fx.Node) and node.op == "call_module":
+            return self.modules[cast(str, node.target)]
+        return None
+
+    @staticmethod
+    def input(node: fx.Node) -> object:
+        """The first argument of a call."""
+        return node.args[0] if node.args else node.kwargs.get("input")
+
+    def fed_by(self, norm: fx.Node, gone: set[int]) -> list[tuple[nn.Module, bool]]:
+        """The layers whose outputs, one after another in the channels, are a batch norm's input.
+
+        Returns:
+            Each with whether a flattening of all axes but the first lies between.
+
+        Raises:
+            Left: Something else lies before it.
+        """
+        return list(self._up(self.input(norm), gone, norm, False, False))
+
+    def _up(
+        self, node: object, gone: set[int], user: fx.Node, joined: bool, pooled: bool
+    ) -> Iterator[tuple[nn.Module, bool]]:
+        if not isinstance(node, fx.Node) or node.op not in _CALL_OPS:
+            raise Left("no convolution or linear layer comes before it")
+        module = self.module(node)
+        foldable = module is not None and _is_foldable(module)
+        if len([u for u in node.users if not _reads_shape(u, node)]) > 1 or _times(node, user) != 1:
+            kind = "of " + str(node.target) if module is not None else f"of {node.name}"
+            raise Left(f"the output {kind} before it is used elsewhere too")
+        if foldable and module is not None:
+            if pooled and isinstance(module, nn.Linear):
+                raise Left(f"the pooling between {node.target} and it goes over the features")
+            yield module, joined
+            return
+        if node.target is torch.cat and _literal(node, 1, "dim", 0) == 1 and not joined:
+            for part in cast(Any, node.args[0]):
+                yield from self._up(part, gone, node, joined, pooled)
+            return
+        step = self._passes(node, gone)
+        below = self.module(self.input(node))
+        if step is None or (step.rows and not isinstance(below, nn.Linear)):
+            raise Left(f"{self._called(node)} comes before it")
+        yield from self._up(self.input(node), gone, node, joined or step.joins, pooled or step.pools)
+
+    def feeds(self, norm: fx.Node, gone: set[int]) -> list[tuple[nn.Module, bool, bool]]:
+        """The layers that take a batch norm's output.
+
+        Returns:
+            Each with whether a flattening, and whether a pooling, lies between.
+
+        Raises:
+            Left: Something else takes it too.
+        """
+        return list(self._down(norm, gone, False, False))
+
+    def _down(
+        self, node: fx.Node, gone: set[int], joined: bool, pooled: bool
+    ) -> Iterator[tuple[nn.Module, bool, bool]]:
+        if not node.users:
+            raise Left("no convolution or linear layer takes its output")
+        for user in node.users:
+            module = self.module(user)
+            if module is not None and _is_foldable(module) and self.input(user) is node:
+                yield module, joined, pooled
+                continue
+            step = self._passes(user, gone) if user.op in _CALL_OPS and self.input(user) is node else None
+            if step is None or step.rows:
+                raise Left(f"{self._called(user)} comes after it")
+            yield from self._down(user, gone, joined or step.joins, pooled or step.pools)
+
+    def _called(self, node: fx.Node) -> str:
+        if node.op == "output":
+            return "the end of what was traced"
+        module = self.module(node)
+        if module is not None:
+            return f"{node.target} ({type(module).__name__})"
+        return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+    def _passes(self, node: fx.Node, gone: set[int]) -> _Pass | None:
+        """What a call does, where an affine map per channel may be moved from one side of it to the other."""
+        module = self.module(node)
+        if module is not None:
+            if module._forward_pre_hooks or module._forward_hooks:  # pyright: ignore[reportPrivateUsage]
+                return None
+            if id(module) in gone or type(module) in (nn.Identity, *_DROPOUTS):
+                return _Pass()
+            if type(module) is nn.Flatten:
+                return _flatten(module.start_dim, module.end_dim)
+            if type(module) in _ADAPTIVE:
+                return _Pass(pools=True)
+            return _average(module) if isinstance(module, _POOLS) and type(module) in _POOLS else None
+        if node.target in _F_DROPOUTS and _literal(node, 2, "training", True) is False:
+            return _Pass()
+        if node.target in _F_ADAPTIVE:
+            return _Pass(pools=True)
+        if node.target is torch.flatten or (node.op == "call_method" and node.target == "flatten"):
+            return _flatten(_literal(node, 1, "start_dim", 0), _literal(node, 2, "end_dim", -1))
+        if node.op == "call_method" and node.target == "contiguous":
+            return _Pass()
+        return None
+
+
+def _reads_shape(node: fx.Node, read: fx.Node) -> bool:
+    if node.op == "call_method":
+        given = node.target in ("reshape_as", "view_as", "expand_as") and node.args[0] is not read
+        return given or node.target in ("size", "dim", "ndimension")
+    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")
+
+
+def _times(node: fx.Node, user: fx.Node) -> int:
+    """How often a node is an argument of a call."""
+    found: list[fx.Node] = []
+    fx.map_arg((user.args, user.kwargs), lambda n: found.append(n) if n is node else None)
+    return len(found)
+
+
+def _flatten(start: object, end: object) -> _Pass | None:
+    if start == 1 and end == -1:
+        return _Pass(joins=True)
+    if start == 0 and end == 1:
+        return _Pass(rows=True)
+    return _Pass(pools=True) if isinstance(start, int) and start >= 2 else None
+
+
+def _average(pool: nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d) -> _Pass | None:
+    """An average of values alone: zeros of a padding that count would not pass through the map."""
+    sizes = pool.padding if isinstance(pool.padding, tuple) else (pool.padding,)
+    counted = any(sizes) and pool.count_include_pad
+    divided = getattr(pool, "divisor_override", None) is not None
+    return None if counted or divided else _Pass(pools=True)
