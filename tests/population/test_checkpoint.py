@@ -155,3 +155,25 @@ def test_onnx_nodes(tmp_path):
     onnx.save(helper.make_model(helper.make_graph([], "g", ends[:1], ends[:1])), tmp_path / "none.onnx")
     with pytest.raises(ModelError, match="no BatchNormalization node"):
         read_states(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize(
+    "var",
+    [
+        torch.ones(3, dtype=torch.complex64),
+        torch.ones(3).to_sparse(),
+        torch.ones(3, device="meta"),
+        torch.ones(3, dtype=torch.int64),
+    ],
+)
+def test_statistics_that_are_no_numbers_are_one_error(tmp_path, var):
+    torch.save({"bn.running_mean": torch.zeros(3), "bn.running_var": var}, tmp_path / "odd.pt")
+    with pytest.raises(ModelError, match="no dense real numbers"):
+        diagnose_checkpoint(tmp_path / "odd.pt")
+
+
+def test_statistics_of_one_byte_and_a_count_that_is_none(tmp_path):
+    one = torch.ones(3)
+    state = {"bn.running_mean": 0 * one, "bn.running_var": one.to(torch.float8_e4m3fn)}
+    torch.save(state | {"bn.num_batches_tracked": torch.tensor(torch.nan)}, tmp_path / "odd.pt")
+    assert diagnose_checkpoint(tmp_path / "odd.pt").layers == 1

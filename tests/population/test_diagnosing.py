@@ -1,5 +1,6 @@
 """Networks with one planted defect each, on real digits: right kind and layer come first; healthy ones are quiet."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 import steadynorm as sn
 from steadynorm.errors import ArgumentError, DataError, ModelError
+from steadynorm.nn.watched import bn_layers
 from steadynorm.population.findings import Diagnosis
 from support_diagnosis import batches, cnn, digits, mlp, train, trained
 
@@ -289,8 +291,11 @@ def test_own_loss_and_forward_and_inputs_alone(healthy):
     x, y = digits()
     as_dicts = [{"pixels": a, "labels": b} for a, b in batches(x[:256], y[:256])]
     found = sn.diagnose(healthy, as_dicts, forward=lambda batch: healthy(batch["pixels"]))
-    assert found.figures == {"examples": 256}
-    assert sn.diagnose(healthy, [x[:64], x[64:128]]).figures == {"examples": 128}
+    assert found.figures["accuracy_running"] > 0.9  # labels by their name
+    found = sn.diagnose(healthy, [x[:64], x[64:128]])
+    assert found.figures == {"examples": 128}
+    assert "no loss" in [finding.kind for finding in found.findings]
+    assert found.worst == "note"
     onehot = [(a, nn.functional.one_hot(b, 10).float()) for a, b in batches(x[:256], y[:256])]
     found = sn.diagnose(healthy, onehot, loss=lambda out, y: nn.functional.mse_loss(out.softmax(1), y))
     assert found.figures["loss_running"] < 0.02
@@ -346,10 +351,88 @@ def test_a_layer_that_runs_twice_is_measured_over_both(capsys):
     from steadynorm.population.swapping import Swapper, left_alone
 
     layers, kept = bn_layers(model), read_batches(batches(x[:256], y[:256]), model, 256).kept
-    with left_alone(model, layers):
+    with left_alone(model):
         mean, var = Swapper(model, layers, None, None).population(kept)["bn"]
     inputs = model.first(x[:256].flatten(1)).detach().double()
     new = (inputs / (1 + model.bn.eps) ** 0.5).relu()  # by mean 0 and variance 1, what it held while it was measured
     both = torch.cat([inputs, new])
     torch.testing.assert_close(mean, both.mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(var, both.var(0), rtol=1e-5, atol=1e-6)
+
+
+def test_stale_statistics_are_said_without_a_loss_too(healthy):
+    x, _ = digits()
+    stale = copy.deepcopy(healthy)
+    first = bn_layers(stale)[0]
+    first[1].running_mean += 5 * first[1].running_var.sqrt()
+    found = sn.diagnose(stale, [x[:256], x[256:512]])
+    worst = found.findings[0]
+    assert (worst.kind, worst.severity, worst.layer) == ("stale statistics", "warning", first[0])
+
+
+def test_nothing_of_the_model_is_touched_in_training_mode_either():
+    """Tracing runs the forward, which may count, draw and note things down; hooks are the user's own."""
+
+    class Busy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+            self.register_buffer("steps", torch.zeros(()))
+            self.notes: list[object] = []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.steps += 1
+            self.notes.append(type(x))
+            return self.norm(self.lin(x)) + torch.rand(())
+
+    model, seen = Busy(), []
+    model.lin.register_forward_hook(lambda *_: seen.append(1))
+    data = [torch.randn(32, 4)] * 3
+    before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    sn.diagnose(model)
+    assert (model.notes, seen) == ([], [])
+    sn.diagnose(model, data)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), chance)
+
+
+def test_a_mask_at_the_first_layer():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = sn.BatchNorm1d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x, mask=x[:, 0] > -1)
+
+    assert "padding" not in [f.kind for f in sn.diagnose(Masked(), [torch.randn(32, 3, 5)] * 3).findings]
+
+
+def test_a_branch_that_the_first_batch_leaves_out_is_measured():
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.a(self.b(x) if len(x) == 64 else x))
+
+    model = Optional()
+    data = [torch.randn(size, 4) for size in (32, 64, 32, 64)]
+    sn.recalibrate_(model, data, order="sequential")
+    model.b.running_mean += 5
+    found = sn.diagnose(model, data)
+    assert next(f.layer for f in found.findings if f.kind == "stale statistics") == "b"
+
+
+def test_a_loss_that_is_infinite_either_way_tells_nothing(healthy):
+    x, y = digits()
+
+    def loss(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        each = nn.functional.cross_entropy(output, y, reduction="none")
+        each[0] = torch.inf
+        return each
+
+    assert "stale statistics" not in [
+        f.kind for f in sn.diagnose(healthy, batches(x[:512], y[:512]), loss=loss).findings
+    ]

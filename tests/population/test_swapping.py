@@ -20,7 +20,7 @@ def test_population_statistics_are_those_of_the_whole_data_in_float64():
     layers = bn_layers(model)
     uneven = [(a, b) for a, b in zip(x[:500].split([64, 7, 200, 229]), y[:500].split([64, 7, 200, 229]), strict=True)]
     kept = read_batches(uneven, model, 4096).kept
-    with left_alone(model, layers):
+    with left_alone(model):
         found = Swapper(model, layers, None, None).population(kept)
     net = [m.double() for m in trained(mlp, 3)]
     h = x[:500].double().flatten(1)
@@ -33,7 +33,7 @@ def test_population_statistics_are_those_of_the_whole_data_in_float64():
         h = h.relu()
     logits = h @ net[7].weight.T + net[7].bias
     by_hand = -torch.log_softmax(logits, 1)[torch.arange(500), y[:500]].detach().numpy()
-    with left_alone(model, layers):
+    with left_alone(model):
         losses = Swapper(model, layers, None, None).losses(kept, found)
     np.testing.assert_allclose(losses.loss, by_hand, rtol=1e-3, atol=1e-5)
     assert losses.mean == pytest.approx(by_hand.mean(), rel=1e-4)

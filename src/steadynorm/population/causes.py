@@ -62,8 +62,37 @@ def _refused(gap: Gap) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _unjudged(gap: Gap) -> Iterator[Finding]:
+    """Without a loss, what the statistics cost is unknown; how far they are off is not."""
+    yield Finding(
+        "no loss",
+        "note",
+        "",
+        "No loss could be measured: the batches have no targets that cross-entropy takes.",
+        {"examples": gap.batches.examples},
+        "Pass loss=lambda output, targets: ... and batches of (inputs, targets), or a dict with an entry labels.",
+    )
+    off = [row for row in gap.layers if row.mean_shift > max(_MOVED, 4 * row.by_chance) or _apart(row.variance_ratio)]
+    if off:
+        worst = off[0]  # what lies behind it is off by what it hands on
+        yield Finding(
+            "stale statistics",
+            "warning",
+            worst.name,
+            f"The running means of {worst.name} are {worst.mean_shift:.2g} deviations from those of this data, the "
+            f"variances {worst.variance_ratio:.2g} times theirs; what that costs was not measured.",
+            _of(worst),
+            "If this is training data, measure them anew: steadynorm.recalibrate_(model, loader).",
+        )
+
+
+def _apart(ratio: float) -> bool:
+    return not 1 / 3 < ratio < 3
+
+
 def _statistics(gap: Gap) -> Iterator[Finding]:
     if gap.running is None or gap.population is None:
+        yield from _unjudged(gap)
         return
     lost = Difference.between(gap.running, gap.population)
     if not lost.material:

@@ -142,8 +142,11 @@ def _states(tensors: Mapping[str, Tensor]) -> Iterator[LayerState]:
         mean = tensors.get(f"{prefix}{dot}running_mean")
         if last != "running_var" or mean is None or mean.shape != var.shape or var.dim() != 1 or not var.numel():
             continue
+        mean, var = (_numbers(t, f"{prefix}{dot}{of}") for t, of in ((mean, "running_mean"), (var, "running_var")))
         gamma, beta = (tensors.get(f"{prefix}{dot}{name}") for name in ("weight", "bias"))
         tracked = tensors.get(f"{prefix}{dot}num_batches_tracked")
+        if tracked is not None and not bool(torch.isfinite(_numbers(tracked.double(), key)).all()):
+            tracked = None
         yield LayerState(
             prefix,
             mean,
@@ -152,6 +155,13 @@ def _states(tensors: Mapping[str, Tensor]) -> Iterator[LayerState]:
             beta.double() if beta is not None and beta.shape == var.shape else None,
             int(tracked) if tracked is not None and tracked.numel() == 1 else None,
         )
+
+
+def _numbers(t: Tensor, name: str) -> Tensor:
+    """Statistics that can be computed with; those of a single byte (float8) in float32."""
+    if t.layout != torch.strided or t.is_meta or not t.is_floating_point():
+        raise ModelError(f"{name} holds no dense real numbers but {t.layout} of {t.dtype}. Save it as float32.")
+    return t.float() if t.itemsize == 1 else t
 
 
 def _onnx_states(where: Path) -> Iterator[LayerState]:

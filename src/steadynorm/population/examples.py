@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from steadynorm.errors import ArgumentError, DataError
+from steadynorm.population.batches import LABELS
 
 __all__ = ["Batch", "Batches", "read_batches"]
 
@@ -98,9 +99,9 @@ def read_batches(loader: Iterable[Any], model: nn.Module, most: int, what: str =
         x = _first_tensor(moved)
         if x is None or x.dim() < 1:
             raise DataError(f"{what}: batch {place} holds no tensor of inputs, got {type(given).__name__}.")
-        y: Any = cast("Any", moved)[1] if isinstance(moved, (tuple, list)) and len(cast("Any", moved)) > 1 else None
+        y = _targets(moved)
         seen += len(x)
-        finite = torch.isfinite(x.flatten(1)).all(1) if x.is_floating_point() and len(x) else None
+        finite = torch.isfinite(x.reshape(len(x), -1)).all(1) if x.is_floating_point() and len(x) else None
         if finite is not None and not bool(finite.all()):
             refused.append(place)
             bad += int((~finite).sum())
@@ -113,6 +114,17 @@ def read_batches(loader: Iterable[Any], model: nn.Module, most: int, what: str =
     return Batches(tuple(kept), tuple(refused), bad)
 
 
+def _targets(batch: Any) -> Any:
+    """The second of a tuple; of a mapping, what is called as labels are."""
+    if isinstance(batch, (tuple, list)):
+        parts = cast("tuple[Any, ...]", batch)
+        return parts[1] if len(parts) > 1 else None
+    if isinstance(batch, Mapping):
+        entries = cast("Mapping[Any, Any]", batch)
+        return next((entries[name] for name in entries if name in LABELS), None)
+    return None
+
+
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.detach().to(device)
@@ -120,7 +132,8 @@ def _moved(value: Any, device: torch.device) -> Any:
         entries = cast("Mapping[Any, Any]", value)
         return {key: _moved(inner, device) for key, inner in entries.items()}
     if isinstance(value, (tuple, list)):
-        return tuple(_moved(inner, device) for inner in cast("tuple[Any, ...]", value))
+        moved = [_moved(inner, device) for inner in cast("tuple[Any, ...]", value)]
+        return value._make(moved) if hasattr(value, "_make") else tuple(moved)  # pyright: ignore
     return value
 
 

@@ -40,10 +40,12 @@ class Difference:
     @classmethod
     def between(cls, worse: Losses, better: Losses) -> "Difference":
         """Example by example: worse - better."""
-        with np.errstate(invalid="ignore", over="ignore"):
-            gap = worse.loss - better.loss
-        if not np.isfinite(gap).all():
+        told = np.isfinite(worse.loss) | np.isfinite(better.loss)  # what is infinite either way tells nothing
+        if not np.isfinite(better.loss[told]).all():
+            return cls(float("-inf"), 0.0, _lost(worse, better), False)
+        if not np.isfinite(worse.loss[told]).all():
             return cls(float("inf"), float("inf"), _lost(worse, better), True)
+        gap = np.where(told, worse.loss, 0.0) - np.where(told, better.loss, 0.0)
         mean, deviations = _paired(gap, worse.weight)
         accuracy = _lost(worse, better)
         matters = deviations > _CERTAIN and mean > max(0.1 * abs(better.mean), 0.02)
@@ -147,7 +149,7 @@ def measure_gap(
     others = None if reference is None else read_batches(reference, model, examples, "reference")
     if others is not None and not others.kept:
         raise DataError("every batch of the reference data holds NaN or infinite inputs. Remove those examples first.")
-    with left_alone(model, layers):
+    with left_alone(model):
         swap = Swapper(model, layers, forward, loss)
         kept = batches.kept
         population = swap.population(kept)
@@ -263,8 +265,8 @@ def _looked_at(
     rows = [torch.cat(means[name]).numpy() for name in (names[0], names[-1])]
     examples = sum(batch.size for batch in kept)
     fits = [found if len(found) == examples and np.isfinite(found).all() else None for found in rows]
-    shares, sizes = zip(*padded, strict=True)
-    return fits[0], fits[1], float(np.average(shares, weights=sizes)), len(lone)
+    share = sum(part * size for part, size in padded) / max(sum(size for _, size in padded), 1)
+    return fits[0], fits[1], share, len(lone)
 
 
 def _order(first: Floats | None, last: Floats | None, sizes: list[int]) -> Order | None:
@@ -314,7 +316,7 @@ def _augmented(first: Batches, reference: Iterable[Any], model: nn.Module, examp
 def _marks(batches: Batches) -> set[float]:
     marks: set[float] = set()
     for batch in batches.kept:
-        x = batch.x.double().flatten(1)
+        x = batch.x.double().reshape(batch.size, -1)
         wave = torch.cos(torch.arange(x.shape[1], dtype=torch.float64, device=x.device))
         marks |= {round(value, 9) for value in (x @ wave).tolist()}
     return marks

@@ -1,5 +1,6 @@
 """What a model's structure, its optimizer and its process group say: biases, weight decay, layers that do not sync."""
 
+import copy
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -61,15 +62,11 @@ def from_structure(model: nn.Module) -> list[Finding]:
 def _feeders(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
     """Which module feeds each batch norm: from the traced graph, else from the order in each Sequential."""
     found: dict[str, str] = {}
-    kept = [(module, dict(module.__dict__)) for module in modules.values()]
     try:
-        graph = _Tracer().trace(model)
+        with torch.random.fork_rng(devices=[]):
+            graph = _Tracer().trace(_unhooked(copy.deepcopy(model)))
     except Exception:  # whatever the user's forward does under tracing: the order in Sequentials is left
         graph = None
-    finally:
-        for module, before in kept:  # a forward may note things down on its modules, here proxies
-            module.__dict__.clear()
-            module.__dict__.update(before)
     if graph is not None:
         for node in graph.nodes:
             if node.op == "call_module" and isinstance(modules.get(str(node.target)), BatchNormLayer) and node.args:
@@ -84,6 +81,14 @@ def _feeders(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, str]:
                 if isinstance(modules.get(after), BatchNormLayer) and before in modules:
                     found[after] = before
     return found
+
+
+def _unhooked(model: nn.Module) -> nn.Module:
+    """A copy to be traced: a forward may note things down on its modules, and hooks would be given proxies."""
+    for module in model.modules():
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            getattr(module, kind).clear()
+    return model
 
 
 def from_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Finding]:

@@ -14,6 +14,7 @@ from steadynorm.errors import DataError, ModelError, SteadynormError
 from steadynorm.moments import Moments
 from steadynorm.nn.watched import BatchNormLayer, channel_axis, observing, running_statistics
 from steadynorm.population.examples import Batch
+from steadynorm.population.keeping import Buffers
 
 __all__ = ["Floats", "Losses", "Norms", "Statistics", "Swapper", "left_alone"]
 
@@ -52,11 +53,10 @@ class _Enough(Exception):
 
 
 @contextmanager
-def left_alone(model: nn.Module, layers: Norms) -> Generator[None]:
-    """Modes, the layers' buffers and the state of chance come back as they were, whatever happens inside."""
+def left_alone(model: nn.Module) -> Generator[None]:
+    """Modes, buffers and the state of chance come back as they were, whatever happens inside."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(layer, dict(layer._buffers)) for _, layer in layers]  # pyright: ignore[reportPrivateUsage]
-    values = [(t, t.detach().clone()) for _, named in buffers for t in named.values() if t is not None]
+    kept = Buffers(model)  # all of them: a forward may count its calls
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         try:
@@ -64,11 +64,7 @@ def left_alone(model: nn.Module, layers: Norms) -> Generator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-            with torch.no_grad():
-                for layer, named in buffers:
-                    layer._buffers.update(named)  # pyright: ignore[reportPrivateUsage]
-                for t, before in values:
-                    t.copy_(before)
+            kept.restore()
 
 
 class Swapper:
@@ -168,13 +164,13 @@ class Swapper:
         """
         self.model.eval()
         self.write(self.own)
-        calls = self._calls(batches[0])
+        calls = self._calls(batches)
         for module in self.model.modules():
             if dropping and isinstance(module, nn.modules.dropout._DropoutNd):  # pyright: ignore[reportPrivateUsage]
                 module.train()
         found: dict[str, tuple[Tensor, Tensor]] = {}
         modules = dict(self.layers)
-        for name, number in calls.items():
+        for name, once in calls.items():
             seen: list[Moments] = []
 
             def see(
@@ -183,10 +179,10 @@ class Swapper:
                 x: Tensor,
                 mask: Tensor | None,
                 seen: list[Moments] = seen,
-                last: int = number,
+                last: bool = once,
             ) -> None:
                 seen.append(Moments.of(x.detach(), channel_axis(layer), weight=mask))
-                if last == 1:
+                if last:
                     raise _Enough
 
             with observing([(name, modules[name])], see):
@@ -203,18 +199,24 @@ class Swapper:
             self.write(found)
         return found
 
-    def _calls(self, batch: Batch) -> dict[str, int]:
-        """How often each layer runs in a forward, in the order of the first time."""
-        calls: dict[str, int] = {}
+    def _calls(self, batches: Sequence[Batch]) -> dict[str, bool]:
+        """Whether each layer runs at most once in a forward, in the order of the first time in the fullest forward."""
+        each: list[dict[str, int]] = []
 
         def see(name: str, layer: BatchNormLayer, x: Tensor, mask: Tensor | None) -> None:
-            calls[name] = calls.get(name, 0) + 1
+            each[-1][name] = each[-1].get(name, 0) + 1
 
         with observing(self.layers, see):
-            self.run(batch)
-        if not calls:
+            for batch in batches:
+                each.append({})
+                self.run(batch)
+        most: dict[str, bool] = {}
+        for calls in sorted(each, key=len, reverse=True):  # a forward may leave a branch out
+            for name, times in calls.items():
+                most[name] = most.get(name, True) and times == 1
+        if not most:
             raise ModelError("the forward used none of the model's batch norms. Does `forward` run this very model?")
-        return calls
+        return most
 
 
 def _copy(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -223,7 +225,8 @@ def _copy(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _is_classes(output: Tensor, y: Tensor) -> bool:
     whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
-    return whole and output.dim() >= 2 and output.shape[1] > 1 and output.shape[:1] + output.shape[2:] == y.shape
+    fits = whole and output.dim() >= 2 and output.shape[1] > 1 and output.shape[:1] + output.shape[2:] == y.shape
+    return fits and bool(((y >= 0) & (y < output.shape[1])).all())  # a label to be ignored is a loss of the user's own
 
 
 def _correct(output: Any, y: Any) -> Floats | None:

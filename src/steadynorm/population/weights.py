@@ -15,6 +15,8 @@ _DEFAULT_EPS: Final = 1e-5
 _SMALLEST: Final = 1e-38
 """Below it float32 loses digits: an average that decays from 1 gets here by many steps only."""
 _EXPLODED: Final = 1e6
+_NO_UNIT: Final = 1e11
+"""Below, a channel may be an input in units of its own, such as an income beside shares."""
 _DEAD: Final = 1e-3
 _EPS_SHARE: Final = 0.1
 _STARTED: Final = 0.01
@@ -122,7 +124,7 @@ def _exploded(state: LayerState) -> Iterator[Finding]:
     usual = float(var[fine & (var > 0)].median()) if bool((fine & (var > 0)).any()) else 1.0
     huge = float(torch.finfo(state.var.dtype).max) ** 0.5 if state.var.dtype.is_floating_point else 1e19
     huge = 1e4 if state.var.dtype == torch.float16 else huge
-    bad = fine & ((var > _EXPLODED * usual) | (var > huge))
+    bad = fine & (((var > _EXPLODED * usual) & (var > _NO_UNIT)) | (var > huge))
     if bad.any():
         worst = float(var[bad].max())
         yield Finding(
@@ -259,12 +261,12 @@ def _momentum(state: LayerState) -> Iterator[Finding]:
                       0.6 + m / 10)  # fmt: skip
     elif t and (1 - m) ** t > _STARTED:
         left = (1 - m) ** t
-        serious = left > _UNCONVERGED
         yield Finding(
             "momentum not converged",
-            "warning" if serious else "note",
+            "note",  # the count is that of the batches measured where recalibrate_ or update_bn has set the statistics
             state.name,
-            f"After {t} batches at momentum {m:g}, {left:.0%} of the running statistics still is the initial 0 and 1.",
+            f"After {t} batches at momentum {m:g}, {left:.0%} of the running statistics still is the initial 0 and 1, "
+            "unless they were measured anew.",
             {"momentum": m, "batches": t, "initial_share": left, "batches_needed": _steps_for(m)},
             f"{_steps_for(m)} batches bring it below {_STARTED:.0%}. {_RECALIBRATE}",
             left + 0.5,
