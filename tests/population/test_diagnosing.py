@@ -436,3 +436,26 @@ def test_a_loss_that_is_infinite_either_way_tells_nothing(healthy):
     assert "stale statistics" not in [
         f.kind for f in sn.diagnose(healthy, batches(x[:512], y[:512]), loss=loss).findings
     ]
+
+
+def test_a_compiled_model_is_run_uncompiled(healthy):
+    x, y = digits()
+    plain = sn.diagnose(healthy, batches(x[:256], y[:256]))
+    compiled = sn.diagnose(torch.compile(healthy, fullgraph=True), batches(x[:256], y[:256]))
+    assert compiled.figures == plain.figures
+
+
+def test_two_kinds_that_are_the_classes_are_no_complaint():
+    torch.manual_seed(0)
+    y = torch.arange(640) % 2
+    x = torch.randn(640, 4) + 12 * y[:, None] * torch.tensor([1.0, 0, 0, 0])
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimiser = torch.optim.SGD(model.parameters(), 0.5)
+    for _ in range(60):
+        for a, b in zip(x.split(64), y.split(64), strict=True):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(a), b).backward()
+            optimiser.step()
+    found = sn.diagnose(model, list(zip(x.split(64), y.split(64), strict=True)))
+    assert ("several domains", "note") in [(f.kind, f.severity) for f in found.findings]
+    assert found.worst == "note"

@@ -1,12 +1,12 @@
 """A model as it was: its buffers bit for bit, the modes of its modules, and the state of chance."""
 
 from collections.abc import Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 
-__all__ = ["Buffers", "evaluating"]
+__all__ = ["Buffers", "evaluating", "uncompiled"]
 
 
 class Buffers:
@@ -28,6 +28,12 @@ class Buffers:
                 module._buffers[name] = tensor  # pyright: ignore[reportPrivateUsage]
 
 
+def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """Within it, compiled parts run eagerly: a compiled graph does not call hooks that were added after it was made."""
+    compiled = (hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
+    return torch.compiler.set_stance("force_eager") if any(compiled) else nullcontext()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
     """The model in evaluation mode, run eagerly; each module's own mode and torch's generators come back in the end.
@@ -36,10 +42,8 @@ def evaluating(model: nn.Module) -> Generator[None]:
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
-    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    eagerly = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    with torch.random.fork_rng(devices=sorted(devices)), eagerly:
+    with torch.random.fork_rng(devices=sorted(devices)), uncompiled(model):
         try:
             for module in modules:
                 module.training = False
