@@ -114,7 +114,7 @@ class TestOddColumns:
         reference = {"same": np.zeros(n), "gone": np.full(n, np.nan), "lost": np.arange(n * 1.0), "moved": np.zeros(n)}
         current = {"same": np.zeros(n), "gone": np.full(n, np.nan), "lost": np.full(n, np.nan), "moved": np.ones(n)}
         report = sn.shift.compare(reference, current, classifier_rows=100)
-        assert verdicts(report) == {"lost": "shifted", "moved": "shifted", "same": "cannot tell", "gone": "cannot tell"}
+        assert verdicts(report) == {"lost": "shifted", "moved": "shifted", "same": "cannot tell", "gone": "not compared"}
         assert report.to_json()
 
     @pytest.mark.parametrize("n", [1, 2, 3, 30])
@@ -200,3 +200,12 @@ def test_units_that_are_worlds_apart_are_a_shift_and_no_error(unit):
 def test_a_constant_reference_has_no_deviations_to_measure_by():
     report = sn.shift.compare({"x": np.full(1000, 0.1)}, {"x": np.full(1000, 0.2)}, classifier_rows=0)
     assert report.features[0].distances.wasserstein is None
+
+
+@pytest.mark.parametrize("nothing", [[None] * 500, [float("nan")] * 500])
+def test_a_column_without_values_on_either_side_is_not_compared(nothing):
+    x = np.random.default_rng(0).normal(size=500)
+    report = sn.shift.compare({"x": x, "empty": nothing}, {"x": x, "empty": nothing}, classifier_rows=0)
+    empty = next(feature for feature in report.features if feature.name == "empty")
+    assert (empty.verdict, empty.reason) == ("not compared", "no values to compare")
+    assert report.to_json()

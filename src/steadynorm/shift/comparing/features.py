@@ -116,7 +116,8 @@ def measure(reference: Column, current: Column, alpha: float) -> Measured:
         return _categories(reference, current, alpha, gone)
     x, y = (np.sort(column.values[~np.isnan(column.values)]) for column in (reference, current))
     if not (x.size and y.size):
-        return Measured(reference, current, (gone,), None, min(reference.rows, current.rows), {})
+        effects = (gone,) if x.size or y.size else ()  # where neither side has a value, there is nothing to compare
+        return Measured(reference, current, effects, None, min(reference.rows, current.rows), {})
     effects = [distance(x, y, alpha * SHARES["distance"]), gone]
     finite_x, finite_y = x[np.isfinite(x)], y[np.isfinite(y)]
     distances, picture = None, {}
@@ -139,7 +140,8 @@ def _within_reach(x: _Floats, y: _Floats) -> tuple[_Floats, _Floats]:
 def _categories(reference: Column, current: Column, alpha: float, gone: Effect) -> Measured:
     counts = [np.array([*(side.counts or {}).values(), side.other], np.float64) for side in (reference, current)]
     if not (counts[0].sum() and counts[1].sum()):
-        return Measured(reference, current, (gone,), None, min(reference.rows, current.rows), {})
+        told = (gone,) if counts[0].sum() or counts[1].sum() else ()
+        return Measured(reference, current, told, None, min(reference.rows, current.rows), {})
     used = counts[0] + counts[1] > 0
     p, q = counts[0][used], counts[1][used]
     effects = composition(p, q, alpha * SHARES["composition"]), gone
