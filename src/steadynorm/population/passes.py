@@ -12,8 +12,8 @@ from steadynorm.moments import Moments
 from steadynorm.population.batches import Caller, examples_in
 from steadynorm.population.measuring import measuring
 from steadynorm.population.pools import Key, Pool, pools_for
-from steadynorm.population.progress import tracked
 from steadynorm.population.ranks import Ranks
+from steadynorm.progress import tracked
 
 __all__ = ["Measurement", "Passes"]
 

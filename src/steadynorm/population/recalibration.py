@@ -10,10 +10,10 @@ from torch import nn
 from steadynorm.errors import ArgumentError, DataError, RejectedBatchWarning, SteadynormWarning
 from steadynorm.moments import Moments
 from steadynorm.nn.base import BatchNorm
+from steadynorm.nn.keeping import Buffers, evaluating
 from steadynorm.nn.selection import unwrapped
 from steadynorm.population.batches import Caller, batches_of
 from steadynorm.population.changes import RecalibrateReport, change_of
-from steadynorm.population.keeping import Buffers, evaluating
 from steadynorm.population.measuring import unsuspicious
 from steadynorm.population.passes import Measurement, Passes
 from steadynorm.population.pools import Key, running

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from steadynorm.errors import DataError, ModelError, SteadynormError
 from steadynorm.moments import Moments
+from steadynorm.nn.examining import examining
+from steadynorm.nn.keeping import Buffers, uncompiled
 from steadynorm.nn.watched import BatchNormLayer, channel_axis, observing, running_statistics
 from steadynorm.population.examples import Batch
-from steadynorm.population.keeping import Buffers, uncompiled
 
 __all__ = ["Floats", "Losses", "Norms", "Statistics", "Swapper", "left_alone"]
 
@@ -58,7 +59,7 @@ def left_alone(model: nn.Module) -> Generator[None]:
     modes = [(module, module.training) for module in model.modules()]
     kept = Buffers(model)  # all of them: a forward may count its calls
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), uncompiled(model):
+    with examining(), torch.random.fork_rng(devices=devices), uncompiled(model):
         try:
             yield
         finally:

@@ -114,7 +114,12 @@ class TestOddColumns:
         reference = {"same": np.zeros(n), "gone": np.full(n, np.nan), "lost": np.arange(n * 1.0), "moved": np.zeros(n)}
         current = {"same": np.zeros(n), "gone": np.full(n, np.nan), "lost": np.full(n, np.nan), "moved": np.ones(n)}
         report = sn.shift.compare(reference, current, classifier_rows=100)
-        assert verdicts(report) == {"lost": "shifted", "moved": "shifted", "same": "cannot tell", "gone": "not compared"}
+        assert verdicts(report) == {
+            "lost": "shifted",
+            "moved": "shifted",
+            "same": "cannot tell",
+            "gone": "not compared",
+        }
         assert report.to_json()
 
     @pytest.mark.parametrize("n", [1, 2, 3, 30])

@@ -62,6 +62,8 @@ def test_forwards_that_examine_the_model_are_not_served():
         sn.shift.adapt_(model, points(640, 1), classifier=False).undo()
         monitor.update(points(64, 2))
         monitor.p_value([points(64, 2)])
+        sn.recalibrate_(model, [points(640, 1)])
+        sn.diagnose(model, [points(64, 2)] * 3)
         assert monitor.state().batches == 1
         model(points(64, 3))
         assert monitor.state().batches == 2

@@ -7,10 +7,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from steadynorm.errors import ArgumentError, DataError, ModelError
+from steadynorm.nn.keeping import evaluating
 from steadynorm.nn.watched import bn_layers
 from steadynorm.shift.adapting.guards import Floats, Guard, size_guard
 from steadynorm.shift.adapting.inputs import read_chunks
-from steadynorm.shift.adapting.mixing import Share, evaluating, is_frozen, stored_share
+from steadynorm.shift.adapting.mixing import Share, is_frozen, stored_share
 from steadynorm.shift.adapting.passes import PRIOR, Adapting
 from steadynorm.shift.adapting.persisting import persists
 from steadynorm.shift.adapting.report import AdaptReport, Confidence

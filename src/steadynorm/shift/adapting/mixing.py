@@ -12,7 +12,6 @@ from steadynorm.moments import Moments
 from steadynorm.nn.base import BatchNorm
 from steadynorm.nn.watched import BatchNormLayer, channel_axis, input_and_mask, running_statistics
 from steadynorm.ops.layout import accumulator_dtype
-from steadynorm.shift.examining import examining
 
 __all__ = [
     "Layers",
@@ -20,7 +19,6 @@ __all__ = [
     "Rule",
     "Share",
     "Snapshot",
-    "evaluating",
     "is_frozen",
     "mix",
     "shares",
@@ -59,20 +57,6 @@ class Snapshot:
 def is_frozen(layer: BatchNormLayer) -> bool:
     """Whether `steadynorm.freeze_` has asked that this layer's statistics stay."""
     return isinstance(layer, BatchNorm) and layer.frozen
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """The model in evaluation mode, out of service; each module's own mode, and the state of chance, come back."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    with examining(), torch.random.fork_rng(devices=sorted(devices)):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 class _Layer(NamedTuple):

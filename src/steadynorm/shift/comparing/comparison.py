@@ -6,12 +6,12 @@ from typing import Any, Final
 import numpy as np
 
 from steadynorm.errors import ArgumentError, DataError
+from steadynorm.progress import tracked
 from steadynorm.shift.comparing.distances import benjamini_hochberg
 from steadynorm.shift.comparing.domain import SMALLEST_SIDE, Rows, classify
 from steadynorm.shift.comparing.features import judged, measure
 from steadynorm.shift.comparing.report import ShiftReport
 from steadynorm.shift.comparing.verdicts import table_verdict
-from steadynorm.shift.progress import tracked
 from steadynorm.shift.reading.scan import scan
 from steadynorm.shift.reading.sides import Kind, Schema, Side
 from steadynorm.shift.reading.sources import Source

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from steadynorm.errors import DataError
 from steadynorm.files.images import read_image
-from steadynorm.shift.progress import tracked
+from steadynorm.progress import tracked
 from steadynorm.shift.reading.arrays import ArrayFrame
 from steadynorm.shift.reading.images import features, joined
 from steadynorm.shift.reading.values import from_array

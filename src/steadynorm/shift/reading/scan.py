@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steadynorm.errors import ArgumentError, DataError
-from steadynorm.shift.progress import tracked
+from steadynorm.progress import tracked
 from steadynorm.shift.reading.frames import Coded, Facts, Frame, Reading, Sample
 from steadynorm.shift.reading.matching import match
 from steadynorm.shift.reading.sides import Column, Kind, Schema, Side

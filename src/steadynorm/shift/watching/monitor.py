@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from steadynorm.errors import ArgumentError, DataError, ModelError
+from steadynorm.nn.examining import examining
 from steadynorm.nn.watched import bn_layers, observing
-from steadynorm.shift.examining import examining
 from steadynorm.shift.watching.budget import Budget
 from steadynorm.shift.watching.calibration import WIDEST, Calibration, fit_calibration
 from steadynorm.shift.watching.calibration_file import read_calibration, write_calibration

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from steadynorm.nn.examining import is_examining
 from steadynorm.nn.watched import BatchNormLayer, ExampleMoments, channel_axis, example_moments, input_and_mask
-from steadynorm.shift.examining import is_examining
 
 __all__ = ["Look", "Observer", "measured"]
 

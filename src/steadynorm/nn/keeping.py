@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import nn
 
+from steadynorm.nn.examining import examining
+
 __all__ = ["Buffers", "evaluating", "uncompiled"]
 
 
@@ -36,14 +38,14 @@ def uncompiled(model: nn.Module) -> AbstractContextManager[object]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
-    """The model in evaluation mode, run eagerly; each module's own mode and torch's generators come back in the end.
+    """The model in evaluation mode, run eagerly and out of service: no monitor counts its forwards.
 
-    Compiled parts run uncompiled within: a compiled graph does not call hooks that were added after it was made.
+    Each module's own mode and torch's generators come back in the end.
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
     devices = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices)), uncompiled(model):
+    with examining(), torch.random.fork_rng(devices=sorted(devices)), uncompiled(model):
         try:
             for module in modules:
                 module.training = False
