@@ -1,17 +1,16 @@
 """A network that the command line names, with the weights of a file; nothing in the file is executed."""
 
-import io
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from steadynorm.errors import ModelError, SteadynormError
+from steadynorm.errors import ModelError
+from steadynorm.files.weights import read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["built", "tensors_in"]
+__all__ = ["built"]
 
 _INSIDE: Final = ("state_dict", "model_state_dict", "model")
 
@@ -38,7 +37,7 @@ def built(name: str, weights: Path | None) -> "nn.Module":
 
 def _state(path: Path) -> dict[str, "Tensor"]:
     """The tensors of a state_dict, less what AveragedModel or DataParallel put before their names."""
-    found: Any = tensors_in(path, ModelError)
+    found: Any = read_weights(path, ModelError)
     for inside in _INSIDE:
         if isinstance(found, Mapping) and isinstance(found.get(inside), Mapping):
             found = cast("Mapping[str, Any]", found[inside])
@@ -49,30 +48,3 @@ def _state(path: Path) -> dict[str, "Tensor"]:
     state = {str(key): tensor for key, tensor in found.items() if key != "n_averaged"}
     wrapped = bool(state) and all(key.startswith("module.") for key in state)
     return {key.removeprefix("module.") if wrapped else key: tensor for key, tensor in state.items()}
-
-
-def tensors_in(path: Path, error: type[SteadynormError]) -> Any:
-    """What a .safetensors file or one of torch.save holds; pickled code is refused, never run."""
-    import pickle
-
-    import torch
-    from safetensors.torch import load
-
-    try:
-        content = path.read_bytes()
-    except OSError as raised:
-        raise error(f"cannot read {path}: {raised.strerror or raised}.") from raised
-    try:
-        if path.suffix == ".safetensors":
-            return load(content)
-        with warnings.catch_warnings():  # of pickle protocols, before the file is refused
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as raised:
-        raise error(
-            f"{path} is damaged, no file of torch.save, or holds more than tensors, which is not loaded since it could "
-            "run any code. Save model.state_dict() alone, best as .safetensors."
-        ) from raised
-    except Exception as raised:  # of which a damaged file can raise any
-        reason = " ".join(f"{type(raised).__name__} {raised}".split())[:200]
-        raise error(f"{path} is damaged or no {path.suffix or 'torch.save'} file: {reason}. Save it again.") from raised

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
 
-from steadynorm.commands.networks import built, tensors_in
+from steadynorm.commands.networks import built
 from steadynorm.errors import ArgumentError, DataError, ModelError
+from steadynorm.files.weights import read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -101,7 +102,7 @@ def _inputs(path: Path) -> "Tensor":
             f"--data must be an .npy, .npz or .safetensors file, or pkg.mod:factory for anything else; got {path}."
         )
     if suffix == ".safetensors":
-        return _one(cast("Mapping[str, Tensor]", tensors_in(path, DataError)), path)
+        return _one(cast("Mapping[str, Tensor]", read_weights(path, DataError)), path)
     import numpy as np
 
     try:

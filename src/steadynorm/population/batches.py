@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from steadynorm.errors import ArgumentError
+from steadynorm.nn.batches import first_tensor, moved
 
 __all__ = ["Caller", "batches_of", "examples_in"]
 
@@ -47,7 +48,7 @@ class Caller:
             self._forward(batch)
             return
         args, kwargs, said = self._bound(batch)
-        args, kwargs = _moved(args, self._device), {name: _moved(v, self._device) for name, v in kwargs.items()}
+        args, kwargs = moved(args, self._device), {name: moved(v, self._device) for name, v in kwargs.items()}
         try:
             self._model(*args, **kwargs)
         except Exception as error:
@@ -172,31 +173,8 @@ def examples_in(batch: Any) -> int | None:
         >>> examples_in({"x": torch.zeros(5, 2), "y": torch.zeros(5)})
         5
     """
-    first = _first_tensor(batch)
+    first = first_tensor(batch)
     return None if first is None or first.dim() == 0 else first.shape[0]
-
-
-def _first_tensor(batch: Any) -> Tensor | None:
-    if isinstance(batch, Tensor):
-        return batch
-    inner: Iterable[Any] = ()
-    if isinstance(batch, Mapping):
-        inner = cast("Mapping[Any, Any]", batch).values()
-    elif isinstance(batch, (tuple, list)):
-        inner = cast("Sequence[Any]", batch)
-    return next((t for t in map(_first_tensor, inner) if t is not None), None)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        entries = cast("Mapping[Any, Any]", value)
-        return {name: _moved(one, device) for name, one in entries.items()}
-    if type(value) in (tuple, list):  # and no named tuple, whose constructor is its own
-        parts = cast("Sequence[Any]", value)
-        return type(parts)(_moved(one, device) for one in parts)  # pyright: ignore[reportCallIssue]
-    return value
 
 
 def _shape(batch: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steadynorm.errors import MissingDependencyError, ModelError
+from steadynorm.files.weights import read_weights
 from steadynorm.population.findings import Diagnosis
 from steadynorm.population.states import LayerState
 from steadynorm.population.weights import from_weights
@@ -74,42 +75,12 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except OSError as error:
         raise ModelError(f"cannot read {where}: {error.strerror or error}. Give a checkpoint file.") from error
     if where.suffix.lower() == ".safetensors":
-        return _stripped(_safetensors(where))
+        return _stripped(read_weights(where, ModelError))
     if magic[:2] == b"PK" or magic[:1] == b"\x80":
-        return _stripped(dict(_flat(_torch(where), "", _DEPTH)))
+        return _stripped(dict(_flat(read_weights(where, ModelError), "", _DEPTH)))
     raise ModelError(
         f"{where} is no checkpoint that can be read: .safetensors, .onnx, or a file written by torch.save is required."
     )
-
-
-def _safetensors(where: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(where)
-    except Exception as error:  # SafetensorError, and what its readers raise on odd dtypes
-        raise ModelError(
-            f"{where} is damaged, incomplete or no safetensors file ({_line(error)}). Copy it again."
-        ) from error
-
-
-def _torch(where: Path) -> object:
-    import pickle
-    import warnings
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols, of files that are refused anyway
-            return torch.load(where, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{where} is refused: it holds more than tensors and plain values, and loading it could run code. Save "
-            "model.state_dict() instead of the model, or give the model's factory and --weights."
-        ) from error
-    except Exception as error:  # whatever a damaged archive makes the reader raise
-        raise ModelError(
-            f"{where} is damaged, incomplete or not written by torch.save ({_line(error)}). Copy it again."
-        ) from error
 
 
 def _flat(value: object, prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from steadynorm.errors import ArgumentError, DataError
+from steadynorm.nn.batches import first_tensor, moved
 from steadynorm.population.batches import LABELS
 
 __all__ = ["Batch", "Batches", "read_batches"]
@@ -95,18 +96,18 @@ def read_batches(loader: Iterable[Any], model: nn.Module, most: int, what: str =
     refused: list[int] = []
     bad = seen = 0
     for place, given in enumerate(tensors):
-        moved = _moved(given, first.device)
-        x = _first_tensor(moved)
+        here = moved(given, first.device)
+        x = first_tensor(here)
         if x is None or x.dim() < 1:
             raise DataError(f"{what}: batch {place} holds no tensor of inputs, got {type(given).__name__}.")
-        y = _targets(moved)
+        y = _targets(here)
         seen += len(x)
         finite = torch.isfinite(x.reshape(len(x), -1)).all(1) if x.is_floating_point() and len(x) else None
         if finite is not None and not bool(finite.all()):
             refused.append(place)
             bad += int((~finite).sum())
         elif len(x):
-            kept.append(Batch(moved, x, y))
+            kept.append(Batch(here, x, y))
         if seen >= most:
             break
     if not kept and not refused:
@@ -123,26 +124,3 @@ def _targets(batch: Any) -> Any:
         entries = cast("Mapping[Any, Any]", batch)
         return next((entries[name] for name in entries if name in LABELS), None)
     return None
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, Mapping):
-        entries = cast("Mapping[Any, Any]", value)
-        return {key: _moved(inner, device) for key, inner in entries.items()}
-    if isinstance(value, (tuple, list)):
-        moved = [_moved(inner, device) for inner in cast("tuple[Any, ...]", value)]
-        return value._make(moved) if hasattr(value, "_make") else tuple(moved)  # pyright: ignore
-    return value
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    parts: Iterable[Any] = (
-        cast("Mapping[Any, Any]", value).values() if isinstance(value, Mapping)
-        else cast("tuple[Any, ...]", value) if isinstance(value, tuple) else ()
-    )  # fmt: skip
-    found = (_first_tensor(part) for part in parts)
-    return next((t for t in found if t is not None), None)

@@ -1,12 +1,13 @@
 """The examples that a model is to be adapted to: read, checked, put into chunks."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from steadynorm.errors import ArgumentError, DataError
+from steadynorm.nn.batches import first_tensor
 
 __all__ = ["Chunk", "probabilities", "read_chunks"]
 
@@ -41,7 +42,7 @@ def read_chunks(batches: Any, model: nn.Module, size: int, as_given: bool) -> li
             f"batches must be a tensor (N, ...) or an iterable of batches, got {type(batches).__name__}."
         )
     given: list[Any] = [batches] if isinstance(batches, Tensor) else list(batches)  # pyright: ignore[reportUnknownArgumentType]
-    find = _first_tensor if as_given else _first_entry
+    find = first_tensor if as_given else _first_entry
     inputs = [_checked(find(batch), batch, place, as_given) for place, batch in enumerate(given)]
     kept = [(batch, x) for batch, x in zip(given, inputs, strict=True) if len(x)]
     if not kept:
@@ -63,18 +64,6 @@ def _evenly(x: Tensor, size: int) -> tuple[Tensor, ...]:
 def _first_entry(batch: Any) -> Any:
     """The inputs of a batch of the usual form."""
     return batch[0] if isinstance(batch, (tuple, list)) and batch else batch  # pyright: ignore[reportUnknownVariableType]
-
-
-def _first_tensor(batch: Any) -> Any:
-    """Of a batch of any form: dicts, tuples and lists are gone through in their order."""
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        batch = tuple(cast("Mapping[object, object]", batch).values())
-    if not isinstance(batch, (tuple, list)):
-        return None
-    parts = (_first_tensor(part) for part in cast("Sequence[object]", batch))
-    return next((found for found in parts if found is not None), None)
 
 
 def _checked(x: Any, batch: object, place: int, as_given: bool) -> Tensor:
