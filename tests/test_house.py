@@ -43,6 +43,7 @@ PUBLIC = [
     "freeze_",
     "functional",
     "functional_call",
+    "fuse",
     "init",
     "nn",
     "no_commit",

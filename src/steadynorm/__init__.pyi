@@ -26,6 +26,7 @@ from .population import diagnose as diagnose
 from .population import recalibrate_ as recalibrate_
 from .surgery import convert_ as convert_
 from .surgery import fold as fold
+from .surgery import fuse as fuse
 from .surgery import revert_ as revert_
 from .walkthrough import explain as explain
 
@@ -49,6 +50,7 @@ __all__ = [
     "freeze_",
     "functional",
     "functional_call",
+    "fuse",
     "init",
     "nn",
     "no_commit",

@@ -1,4 +1,4 @@
-"""Surgery on a user's model: its batch norms to ours and back, or into the weights around them."""
+"""Surgery on a user's model: its batch norms to ours and back, fused with what follows, or folded into weights."""
 
 from typing import TYPE_CHECKING
 
@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from steadynorm.surgery.converting import convert_
     from steadynorm.surgery.fold_report import FoldReport
     from steadynorm.surgery.folding import fold
+    from steadynorm.surgery.fuse_report import FuseReport
+    from steadynorm.surgery.fusing import fuse
     from steadynorm.surgery.reverting import revert_
 
-__all__ = ["ConversionReport", "FoldReport", "convert_", "fold", "revert_"]
+__all__ = ["ConversionReport", "FoldReport", "FuseReport", "convert_", "fold", "fuse", "revert_"]
 
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
@@ -20,6 +22,8 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "converting": ["convert_"],
         "fold_report": ["FoldReport"],
         "folding": ["fold"],
+        "fuse_report": ["FuseReport"],
+        "fusing": ["fuse"],
         "reverting": ["revert_"],
     },
 )

@@ -16,6 +16,7 @@ from steadynorm.surgery.fold_report import FoldedLayer, FoldReport
 from steadynorm.surgery.patterns import is_batchnorm
 from steadynorm.surgery.planning import Fold, Plan
 from steadynorm.surgery.reading import Reading, Root
+from steadynorm.surgery.sites import copied, replace
 
 __all__ = ["FoldedModel", "fold"]
 
@@ -42,7 +43,8 @@ def fold(model: nn.Module, *, example: Any = None, verify: Any = None) -> nn.Mod
     batch norm that pads with zeros is given the value that the batch norm maps to zero to pad with. The activation of
     steadynorm's layers, and their residual, stay.
 
-    The model is read by `torch.fx`, or where that fails, its largest parts that can be. What cannot be folded exactly
+    The model is read by `torch.fx`, in every way that its forwards can take, or where that fails, its largest parts
+    that can be. What cannot be folded exactly
     is left as it is, and the report says why: weights used twice, parametrised or hooked layers, and more.
 
     Args:
@@ -75,7 +77,7 @@ def fold(model: nn.Module, *, example: Any = None, verify: Any = None) -> nn.Mod
         ['0.weight', '0.bias']
     """
     _check(model)
-    folded, reading = _copy(model), Reading(_copy(model))
+    folded, reading = copied(model, "fold"), Reading(copied(model, "fold"))
     inputs = _inputs(verify) if verify is not None else []
     ranks = _ranks(model, [*inputs, *(_inputs(example) if example is not None else [])])
     originals = dict(model.named_modules(remove_duplicate=False))
@@ -106,16 +108,6 @@ def _check(model: nn.Module) -> None:
             f"fold needs a model in evaluation, and {training[0]} is in training ({len(training)} modules are): folded "
             "layers use the stored statistics. Call model.eval() first."
         )
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise ModelError(
-            f"fold changes a copy of the model, and this {type(model).__name__} cannot be copied ({error}). Tensors "
-            "with a history of gradients are the usual reason: weight_norm's, or attributes kept from a forward."
-        ) from error
 
 
 def _inputs(given: Any) -> list[Any]:
@@ -161,24 +153,27 @@ def _ranks(model: nn.Module, inputs: Sequence[Any]) -> dict[str, set[int]]:
 
 
 def _agreed(reading: Reading, root: Root, originals: Mapping[str, nn.Module], ranks: Mapping[str, set[int]]) -> Plan:
-    """The plan that holds whichever of a forward's optional arguments are given."""
+    """The plan that holds whichever way the forward takes, and whichever of its optional arguments are given."""
     banned: dict[str, str] = {}
     while True:
         plans = [Plan(reading, root, view, originals, ranks, banned).make() for view in root.views]
-        first = plans[0]
-        differing = {
-            name: "what is around it depends on the optional arguments of the forward"
-            for plan in plans
-            for name in {**plan.folds, **first.folds}
-            if _place(plan, name) != _place(first, name)
-        }
+        names = {name: plan.folds[name].into for plan in plans for name in plan.folds}
+        differing = [name for name, into in names.items() if not all(_holds(plan, name, into) for plan in plans)]
         if not differing:
-            return first
-        banned |= differing
+            made = plans[0]
+            for plan in plans[1:]:  # what the first does not call
+                made.folds, made.weights = plan.folds | made.folds, plan.weights | made.weights
+                made.left = {name: why for name, why in (plan.left | made.left).items() if name not in made.folds}
+            return made
+        banned |= dict.fromkeys(differing, "what is around it depends on the input, or on optional arguments")
 
 
-def _place(plan: Plan, name: str) -> tuple[str, ...] | None:
-    return plan.folds[name].into if name in plan.folds else None
+def _holds(plan: Plan, name: str, into: tuple[str, ...]) -> bool:
+    """Whether the batch norm goes into those layers in this plan too, or none of them is called at all."""
+    if name in plan.folds:
+        return plan.folds[name].into == into
+    layers = [plan.reading.model.get_submodule(one) for one in (name, *into)]
+    return not any(plan.view.calls[id(layer)] for layer in layers)
 
 
 def _confirmed(reading: Reading, root: Root, plan: Plan) -> Plan:
@@ -192,22 +187,17 @@ def _confirmed(reading: Reading, root: Root, plan: Plan) -> Plan:
     except Exception as error:
         for name in plan.folds:
             for alias in reading.names[id(modules[name])]:
-                _replace(reading.model, alias, modules[name])
+                replace(reading.model, alias, modules[name])
         why = f"the forward needs the layer itself ({type(error).__name__}: {error})"
         plan.left |= dict.fromkeys(plan.folds, why)
         plan.folds, plan.weights = {}, {}
     return plan
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    model.get_submodule(parent)._modules[own] = module  # pyright: ignore[reportPrivateUsage]
-
-
 def _place_remains(model: nn.Module, reading: Reading, folds: Mapping[str, Fold]) -> None:
     for name, made in folds.items():
         for alias in _aliases(reading, name):
-            _replace(model, alias, made.remains.eval())
+            replace(model, alias, made.remains.eval())
 
 
 def _aliases(reading: Reading, name: str) -> Iterator[str]:
@@ -218,7 +208,7 @@ def _apply(folded: nn.Module, reading: Reading, folds: Mapping[str, Fold], weigh
     for name, made in folds.items():
         remains = copy.deepcopy(made.remains).eval()
         for alias in _aliases(reading, name):
-            _replace(folded, alias, remains)
+            replace(folded, alias, remains)
         if made.unpadded is not None:
             conv = cast(TorchConv, folded.get_submodule(made.unpadded))
             conv.padding = (0,) * len(conv.kernel_size)

@@ -9,12 +9,14 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.utils import parametrize
 
 from steadynorm.nn.base import BatchNorm
+from steadynorm.surgery.absorbed import residual_for
 
-__all__ = ["FOLDABLE", "Left", "View", "is_batchnorm", "obstacle"]
+__all__ = ["FOLDABLE", "Branches", "Left", "View", "is_batchnorm", "obstacle", "reads_shape"]
 
 FOLDABLE: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -65,12 +67,49 @@ def obstacle(module: nn.Module) -> str | None:
     return None
 
 
+class Branches:
+    """The way that a trace takes where a forward asks whether something about its input is true.
+
+    Args:
+        given: The answers, in the order of the questions; after them it is always "no".
+
+    Attributes:
+        taken: The answers that were given.
+    """
+
+    most = 64
+
+    def __init__(self, given: tuple[bool, ...] = ()) -> None:
+        self.given = given
+        self.taken: list[bool] = []
+        self._known: dict[object, bool] = {}
+
+    def answer(self, question: fx.Node) -> bool:
+        """The same for the same question about the same tensors."""
+        key = (question.op, question.target, question.args, tuple(question.kwargs.items()))
+        try:
+            known = self._known.get(key)
+        except TypeError:  # a list among the arguments
+            key, known = question, self._known.get(question)
+        if known is None:
+            if len(self.taken) == self.most:
+                raise TraceError("its forward asks too much about its input's values")
+            known = self.given[len(self.taken)] if len(self.taken) < len(self.given) else False
+            self.taken.append(known)
+            self._known[key] = known
+        return known
+
+
 class _Tracer(fx.Tracer):
     """Keeps whole what can be folded, and what cannot be traced."""
 
-    def __init__(self, opaque: frozenset[int]) -> None:
+    def __init__(self, opaque: frozenset[int], branches: Branches) -> None:
         super().__init__()
         self.opaque = opaque
+        self.branches = branches
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self.branches.answer(obj.node)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = is_batchnorm(m) or _is_foldable(m) or id(m) in self.opaque
@@ -101,8 +140,15 @@ class View:
         calls: How often each module is called, by its id.
     """
 
-    def __init__(self, root: nn.Module, opaque: frozenset[int], concrete: Mapping[str, Any] | None = None) -> None:
-        self.graph = _Tracer(opaque).trace(root, None if concrete is None else dict(concrete))
+    def __init__(
+        self,
+        root: nn.Module,
+        opaque: frozenset[int],
+        concrete: Mapping[str, Any] | None = None,
+        branches: Branches | None = None,
+    ) -> None:
+        tracer = _Tracer(opaque, branches or Branches())
+        self.graph = tracer.trace(root, None if concrete is None else dict(concrete))
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.calls: Counter[int] = Counter()
         self.nodes: dict[int, fx.Node] = {}
@@ -145,7 +191,7 @@ class View:
             raise Left("no convolution or linear layer comes before it")
         module = self.module(node)
         foldable = module is not None and _is_foldable(module)
-        if len([u for u in node.users if not _reads_shape(u, node)]) > 1 or _times(node, user) != 1:
+        if len([u for u in node.users if not reads_shape(u, node)]) > 1 or _times(node, user) != 1:
             kind = "of " + str(node.target) if module is not None else f"of {node.name}"
             raise Left(f"the output {kind} before it is used elsewhere too")
         if foldable and module is not None:
@@ -221,7 +267,10 @@ class View:
         return None
 
 
-def _reads_shape(node: fx.Node, read: fx.Node) -> bool:
+def reads_shape(node: fx.Node, read: fx.Node) -> bool:
+    """Whether a node takes no more of another one than its shape, dtype or device."""
+    if node.target is residual_for:
+        return node.args[1] is read and node.args[0] is not read
     if node.op == "call_method":
         given = node.target in ("reshape_as", "view_as", "expand_as") and node.args[0] is not read
         return given or node.target in ("size", "dim", "ndimension")

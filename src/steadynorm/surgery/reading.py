@@ -1,16 +1,21 @@
 """Which parts of a model can be traced, and what is true of their layers in the model as a whole."""
 
+import dis
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CodeType
+from typing import Any, Final
 
 from torch import nn
+from torch.fx.proxy import TraceError
 
-from steadynorm.surgery.patterns import Left, View, obstacle
+from steadynorm.surgery.patterns import Branches, Left, View, obstacle
 
 __all__ = ["Reading", "Root"]
+
+_MOST_WAYS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class Root:
 
     Attributes:
         name: Of the part; "" for the whole model.
-        views: Its forward as traced: with all arguments given, and, if some have defaults, with those.
+        views: Its forward as traced: with all arguments given, and, if some have defaults, with those; each in every
+            way that it can take where it asks about its input.
         own: The names of what it holds, less what lies in untraceable parts inside it.
     """
 
@@ -80,9 +86,9 @@ class Reading:
         if why is not None:
             raise Left(f"{name} {why}")
 
-    def trace(self, root: Root) -> View:
-        """The part, traced anew."""
-        return View(self.model.get_submodule(root.name), frozenset(self._opaque))
+    def trace(self, root: Root) -> None:
+        """Traces the part anew, which raises if its forward needs what has gone meanwhile."""
+        list(self._views(self.model.get_submodule(root.name), None))
 
     def _read(self, name: str, module: nn.Module) -> list[Root]:
         """The largest traceable parts of a module: itself, itself around what is not, or those inside it."""
@@ -111,18 +117,31 @@ class Reading:
         if _is_leaf(module):
             return None, "it is a layer"
         try:
-            views = [View(module, frozenset(self._opaque))]
-            optional = {
-                p.name: p.default
-                for p in inspect.signature(type(module).forward).parameters.values()
-                if p.default is not p.empty
-            }
-            if optional:
-                views.append(View(module, frozenset(self._opaque), optional))
+            views = [view for given in _defaults(type(module)) for view in self._views(module, given)]
+            if not views:
+                return None, "its forward ends in an error whatever it is given"
         except Exception as error:  # whatever a user's forward raises when it is handed a stand-in
             said = str(error).strip().splitlines()
             return None, f"{type(error).__name__}: {said[0] if said else ''}"[:160]
         return Root(name, tuple(views), frozenset(self._own(name, module))), ""
+
+    def _views(self, module: nn.Module, concrete: Mapping[str, Any] | None) -> Iterator[View]:
+        """A forward in each way that it can take, less those that end in an error of its own.
+
+        Raises:
+            TraceError: There are too many.
+        """
+        ways: list[tuple[bool, ...]] = [()]
+        for way in ways:
+            branches = Branches(way)
+            try:
+                yield View(module, frozenset(self._opaque), concrete, branches)
+            except Exception as error:
+                if not _is_raised(error):
+                    raise
+            ways += [(*branches.taken[:place], True) for place in range(len(way), len(branches.taken))]
+            if len(ways) > _MOST_WAYS:
+                raise TraceError(f"its forward branches in more than {_MOST_WAYS} ways on its input's values")
 
     def _own(self, name: str, module: nn.Module) -> Iterator[str]:
         yield name
@@ -139,6 +158,27 @@ class Reading:
             if inside and attribute in _names_in(type(part)) and not hasattr(part, attribute):
                 return f"may be called by {around or 'the model'} directly, which could not be traced"
         return None
+
+
+def _defaults(kind: type[nn.Module]) -> Iterator[dict[str, Any] | None]:
+    """Values of a forward's arguments to trace it with: none; all defaults there are; all but that of the first."""
+    yield None
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    optional = {one.name: one.default for one in parameters if one.default is not one.empty}
+    if optional:
+        yield optional
+    if len(optional) > 1 and parameters[0].name in optional:
+        yield {name: value for name, value in optional.items() if name != parameters[0].name}
+
+
+def _is_raised(error: Exception) -> bool:
+    """Whether a forward's own `raise` or `assert` ended it, as it would have ended a call: no failure of the trace."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
+        return False
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _is_leaf(module: nn.Module) -> bool:

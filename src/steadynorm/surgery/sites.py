@@ -1,5 +1,6 @@
 """Where a model has its batch norms, and which of them a caller means."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple, TypeAlias
@@ -9,7 +10,7 @@ from torch import nn
 
 from steadynorm.errors import ArgumentError, ModelError
 
-__all__ = ["Only", "Site", "chosen", "required_model", "sites_of"]
+__all__ = ["Only", "Site", "chosen", "copied", "replace", "required_model", "sites_of"]
 
 Only: TypeAlias = "Callable[[str, nn.Module], bool] | str | Sequence[str] | None"
 
@@ -40,6 +41,27 @@ def required_model(model: nn.Module, what: str) -> None:
             f"{what} needs a model of Python's modules; this {type(model).__name__} is TorchScript, whose layers are "
             f"compiled and cannot be exchanged. Call {what} on the model before torch.jit.script or torch.jit.trace."
         )
+
+
+def copied(model: nn.Module, what: str) -> nn.Module:
+    """A copy to work on.
+
+    Raises:
+        ModelError: The model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ModelError(
+            f"{what} changes a copy of the model, and this {type(model).__name__} cannot be copied ({error}). Tensors "
+            "with a history of gradients are the usual reason: weight_norm's, or attributes kept from a forward."
+        ) from error
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts another module where the model has one of that name."""
+    parent, _, own = name.rpartition(".")
+    model.get_submodule(parent)._modules[own] = module  # pyright: ignore[reportPrivateUsage]
 
 
 def sites_of(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Site]:
