@@ -132,6 +132,64 @@ class Inverted(nn.Module):
         return torch.cat([y, y * y], 1)
 
 
+class Sized(nn.Module):
+    """The shapes of the batch norm's output and of the sum are read on the way."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        n = y.size(0)
+        y = y + x
+        return F.relu(y).reshape(n, y.shape[1], -1)
+
+
+class Nested(nn.Module):
+    """A forward to rewrite around another one, whose end it adds to."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Basic(3, 3)
+        self.tail = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+    def forward(self, x):
+        return F.relu(self.tail(self.block(x)) + x)
+
+
+class Inner(nn.Module):
+    """Its end lies before the sum of what holds it, and its own sum before that."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.last = nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.last(self.conv(F.relu(self.first(x) + x)))
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x):
+        return torch.sigmoid(x + self.inner(x))
+
+
+class MovedSum(nn.Module):
+    """What is moved before the sum cannot be added in the batch norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bn = nn.Linear(3, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return F.relu(self.bn(y.flatten(0, 1)).reshape_as(y) + x)
+
+
 class Modal(nn.Module):
     """Another forward in training."""
 
@@ -187,6 +245,10 @@ CASES = {
     "moved in between": Case(Moved, (4, 5, 3), 1, 1),
     "methods": Case(Methods, IMAGE, 3, 3),
     "MobileNet": Case(Inverted, IMAGE, 2, 2),
+    "shapes that are read": Case(Sized, IMAGE, 1, 1),
+    "nested": Case(Nested, IMAGE, 3, 3),
+    "both ends": Case(Outer, IMAGE, 2, 2),
+    "moved before a sum": Case(MovedSum, (4, 5, 3), 1, 0),
     "control flow": Case(Branching, IMAGE, 1 + 2 + 3, 1 + 2 + 2),
     "another forward in training": Case(Modal, IMAGE, 1, 1),
     "one activation of a block": Case(Twice, IMAGE, 2, 2),

@@ -12,6 +12,15 @@ from torch.nn.utils import parametrizations
 
 import steadynorm as sn
 from steadynorm.errors import ArgumentError, ModelError, ShapeError
+from support_converting import (
+    BatchNormAct2d,
+    Doubled,
+    FrozenBatchNorm2d,
+    FrozenBatchNormAct2d,
+    by_definition,
+    near,
+    stirred,
+)
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -300,6 +309,19 @@ def test_a_forward_that_takes_one_way_or_another(shared, count):
     report = sn.fold(randomised(Ways(shared))).fold_report
     assert report.untraced == ()
     assert all("depends on the input" in layer.how for layer in report.layers if not layer.folded)
+
+
+def test_others_batch_norms_that_are_known_by_name():
+    layers = [BatchNormAct2d(6, nn.LeakyReLU(0.2)), FrozenBatchNorm2d(6), FrozenBatchNormAct2d(6, nn.ELU()), Doubled(6)]
+    model = nn.Sequential(*[part for i, one in enumerate(layers) for part in (nn.Conv2d(6 if i else 4, 6, 1), one)])
+    model = stirred(model).double().eval()
+    x = image(2).double()
+    folded = sn.fold(model, verify=x)
+    assert [layer.folded for layer in folded.fold_report.layers] == [True, True, True, False]
+    assert folded.fold_report.layers[3].how == "Doubled computes something of its own"
+    assert type(folded[7]) is Doubled
+    wanted = by_definition(model[:6])(x)
+    near(folded(x), 2 * nn.BatchNorm2d.forward(model[7], model[6](wanted)), 1e-9)
 
 
 def test_too_many_ways():

@@ -136,6 +136,20 @@ class TestTheSameModel:
         for training in (True, False):
             near(compiled.train(training)(inputs()), fused.train(training)(inputs()), 1e-12)
 
+    def test_a_forward_with_another_one_in_it_that_depends_on_the_mode(self):
+        class Outer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+            def forward(self, x):
+                y = F.relu(self.inner(x) + x)
+                return 2 * y if self.training else y
+
+        assert reasons(Outer()) == {
+            "inner.1": "what holds it does something else in training, and so may what lies between"
+        }
+
     def test_a_residual_that_broadcasts(self):
         class Conditioned(nn.Module):
             def __init__(self):
@@ -230,6 +244,46 @@ class TestLeft:
                 return F.relu(y) if act is None else torch.tanh(y)
 
         assert "optional arguments" in reasons(Optional())["bn"]
+
+    def test_a_forward_to_rewrite_that_depends_on_an_optional_argument(self):
+        class Optional(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bn = nn.BatchNorm2d(3)
+
+            def forward(self, x, scale=None):
+                y = F.relu(self.bn(x) + x)
+                return y if scale is None else scale * y
+
+        assert reasons(Optional()) == {"bn": "the forward of what holds it depends on its optional arguments"}
+
+    def test_an_optional_shortcut(self):
+        class Shortcut(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bn = nn.BatchNorm2d(3)
+
+            def forward(self, x, shortcut=None):
+                if shortcut is None:
+                    shortcut = x
+                return F.relu(self.bn(x) + shortcut)
+
+        assert reasons(Shortcut()) == {"bn": "the forward of what holds it depends on its optional arguments"}
+
+    def test_an_optional_argument_that_is_only_handed_on(self):
+        class Inner(nn.Module):
+            def forward(self, x, factor, shift=None):
+                return x * factor if shift is None else x * factor + shift
+
+        class Outer(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bn, self.inner = nn.BatchNorm2d(3), Inner()
+
+            def forward(self, x, factor=2.0, shift=None):
+                return self.inner(F.relu(self.bn(x) + x), factor, shift=shift)
+
+        assert reasons(Outer()) == {}
 
     def test_an_activation_that_serves_another_branch_too(self):
         class Branch(nn.Module):
@@ -345,6 +399,31 @@ class TestLeft:
             "2": "neither an activation nor a sum follows it, but 3 (Conv2d)",
             "4": "neither an activation nor a sum follows it, but the end of what was traced",
         }
+
+    def test_a_sum_of_a_multiple(self):
+        class Scaled(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bn = nn.BatchNorm2d(3)
+
+            def forward(self, x):
+                return F.relu(torch.add(self.bn(x), x, alpha=2))
+
+        assert reasons(Scaled()) == {"bn": "neither an activation nor a sum follows it, but add"}
+
+    def test_a_layer_of_ours_that_adds_already(self):
+        class Adding(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.bn = sn.BatchNorm2d(3)
+
+            def forward(self, x):
+                return F.relu(self.bn(x, residual=x) + x)
+
+        model = Adding().double()
+        fused = sn.fuse(model)
+        assert [layer.how for layer in fused.fuse_report.layers] == ["it adds something to its output already"]
+        assert torch.equal(fused(inputs()), model(inputs()))
 
     def test_a_forward_that_was_replaced(self):
         model = Modal()

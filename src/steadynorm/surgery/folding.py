@@ -12,7 +12,9 @@ from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
 
 from steadynorm.errors import ArgumentError, ModelError, SteadynormError
 from steadynorm.surgery.affine import Weights
+from steadynorm.surgery.converting import convert_
 from steadynorm.surgery.fold_report import FoldedLayer, FoldReport
+from steadynorm.surgery.matching import is_batch_norm
 from steadynorm.surgery.patterns import is_batchnorm
 from steadynorm.surgery.planning import Fold, Plan
 from steadynorm.surgery.reading import Reading, Root
@@ -77,10 +79,16 @@ def fold(model: nn.Module, *, example: Any = None, verify: Any = None) -> nn.Mod
         ['0.weight', '0.bias']
     """
     _check(model)
-    folded, reading = copied(model, "fold"), Reading(copied(model, "fold"))
+    folded = copied(model, "fold")
+    originals = dict(model.named_modules(remove_duplicate=False))
+    special = [name for name, module in originals.items() if is_batch_norm(module) and not is_batchnorm(module)]
+    if special:  # those with an activation, frozen ones
+        convert_(folded, only=lambda _, module: not is_batchnorm(module))
+        converted = copied(folded, "fold")
+        originals |= {name: converted.get_submodule(name) for name in special}
+    reading = Reading(copied(folded, "fold"))
     inputs = _inputs(verify) if verify is not None else []
     ranks = _ranks(model, [*inputs, *(_inputs(example) if example is not None else [])])
-    originals = dict(model.named_modules(remove_duplicate=False))
     said: dict[str, FoldedLayer] = {}
     for root in reading.roots:
         plan = _confirmed(reading, root, _agreed(reading, root, originals, ranks))
@@ -88,9 +96,9 @@ def fold(model: nn.Module, *, example: Any = None, verify: Any = None) -> nn.Mod
         said |= {n: FoldedLayer(n, True, one.into, one.how) for n, one in plan.folds.items()}
         said |= {n: FoldedLayer(n, False, (), why) for n, why in plan.left.items()}
     layers = tuple(
-        said.get(name) or FoldedLayer(name, False, (), _unread(module, reading.untraced))
+        said.get(name) or FoldedLayer(name, False, (), _unread(originals[name], reading.untraced))
         for name, module in model.named_modules()
-        if isinstance(module, TorchBatchNorm)
+        if is_batch_norm(module)
     )
     error, bound = _verified(model, folded, inputs) if inputs else (None, None)
     cast(FoldedModel, folded).fold_report = FoldReport(layers, tuple(reading.untraced.items()), error, bound)

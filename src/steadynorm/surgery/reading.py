@@ -11,7 +11,7 @@ from typing import Any, Final
 from torch import nn
 from torch.fx.proxy import TraceError
 
-from steadynorm.surgery.patterns import Branches, Left, View, obstacle
+from steadynorm.surgery.patterns import Branches, Left, View, is_batchnorm, obstacle
 
 __all__ = ["Reading", "Root"]
 
@@ -182,6 +182,8 @@ def _is_raised(error: Exception) -> bool:
 
 
 def _is_leaf(module: nn.Module) -> bool:
+    if is_batchnorm(module):
+        return True
     return type(module).__module__.startswith(("torch.nn.", "steadynorm.nn.")) and not isinstance(module, nn.Sequential)
 
 

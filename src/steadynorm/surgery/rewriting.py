@@ -3,6 +3,7 @@
 import copyreg
 import inspect
 import linecache
+import operator
 import random
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -115,8 +116,6 @@ class _Proxy(fx.Proxy):
 
 
 def _inplace(name: str) -> Callable[..., fx.Proxy]:
-    import operator
-
     target = getattr(operator, name)
 
     def method(self: fx.Proxy, other: object) -> fx.Proxy:
@@ -196,26 +195,34 @@ def _trace(owner: nn.Module, through: set[int]) -> fx.Graph:
         raise Left("the forward of what holds it draws at random")
     if before != [_values(module) for module in parts]:
         raise Left("the forward of what holds it changes attributes, or makes tensors of its own")
-    default = _by_default(owner, through)
-    if default is not None and _calls(graph) != _calls(default):
+    if not _same_by_default(owner, graph, through):
         raise Left("the forward of what holds it depends on its optional arguments")
     return graph
 
 
-def _by_default(owner: nn.Module, through: set[int]) -> fx.Graph | None:
-    """Its trace with the defaults of its optional arguments; None if it has none or cannot be traced with them."""
+def _same_by_default(owner: nn.Module, graph: fx.Graph, through: set[int]) -> bool:
+    """Whether a trace with all arguments given is also that of a call without the optional ones."""
     parameters = inspect.signature(type(owner).forward).parameters.values()
     optional = {one.name: one.default for one in parameters if one.default is not one.empty}
     try:
-        return _Tracer(through).trace(owner, optional) if optional else None
+        return not optional or _calls(graph, optional) == _calls(_Tracer(through).trace(owner, optional), optional)
     except Exception:
-        return fx.Graph()
+        return False
 
 
-def _calls(graph: fx.Graph) -> list[tuple[str, object]]:
-    asserts = ("_assert", "_assert_is_none")
-    nodes = [node for node in graph.nodes if node.op.startswith("call") or node.op == "get_attr"]
-    return [(node.op, node.target) for node in nodes if getattr(node.target, "__name__", "") not in asserts]
+def _calls(graph: fx.Graph, optional: Mapping[str, object]) -> list[tuple[object, ...]]:
+    """What is called with what, by default."""
+    checks = {node for node in graph.nodes if getattr(node.target, "__name__", "").startswith("_assert")}
+    checks |= {node for node in graph.nodes if node.target is operator.eq and checks.issuperset(node.users)}
+    calls = [node for node in graph.nodes if node.op != "placeholder" and node not in checks]
+    given = {node: f"%{node.target}" for node in graph.nodes if node.op == "placeholder"}
+    place: dict[fx.Node, Any] = {node: optional.get(str(node.target), name) for node, name in given.items()}
+    place |= {node: f"%{i}" for i, node in enumerate(calls)}
+
+    def placed(value: Any) -> Any:
+        return fx.map_arg(value, place.__getitem__)
+
+    return [(node.op, node.target, placed(node.args), placed(node.kwargs)) for node in calls]
 
 
 def _hooked(module: nn.Module) -> bool:
