@@ -182,7 +182,7 @@ def test_a_failure_leaves_the_old_page_and_no_remains(
         self.touch()
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="no space"):
         write_html(results, target)
     assert target.read_bytes() == b"old"

@@ -1,7 +1,6 @@
 """`steadynorm recalibrate`: weights in a file, recalibrated on data in a file, into another file."""
 
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ import typer
 
 from steadynorm.commands.networks import built
 from steadynorm.errors import ArgumentError, DataError, ModelError
+from steadynorm.files.aside import write_aside
 from steadynorm.files.weights import read_weights
 
 if TYPE_CHECKING:
@@ -126,11 +126,7 @@ def _write(out: Path, network: "nn.Module") -> None:
 
     # Cloned, because safetensors refuses tensors that share memory (tied weights).
     content = save({name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()})
-    aside = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        aside.write_bytes(content)
-        aside.replace(out)
+        write_aside({out: content})
     except OSError as error:
         raise ModelError(f"cannot write {out}: {error.strerror or error}. Choose another folder.") from error
-    finally:
-        aside.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from steadynorm.experiment.search import INITS
 from steadynorm.experiment.settings import Settings
 from steadynorm.experiment.studies import STUDIES
 from steadynorm.experiment.train import Optimizer, RunSpec, train_model
+from steadynorm.files.aside import write_aside
 from steadynorm.report.schema import ArmInfo, Results
 
 __all__ = ["Comparison", "compare"]
@@ -48,7 +49,7 @@ class Comparison:
         from steadynorm.report import to_json, write_html
 
         where = _folder(folder)
-        _write(where / RESULTS_FILE, to_json(self.results))
+        write_aside({where / RESULTS_FILE: to_json(self.results).encode()})
         write_html(self.results, where / REPORT_FILE)
         return where
 
@@ -93,12 +94,6 @@ def _folder(folder: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise DataError(f"cannot write to {where} ({error}). Name a folder that can be made.") from error
     return where
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def compare(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from steadynorm.errors import ModelError
 from steadynorm.experiment import arms, models
 from steadynorm.files import user_code
+from steadynorm.files.aside import write_aside
 
 __all__ = ["load_model", "read_spec", "save_model"]
 
@@ -71,7 +72,7 @@ def save_model(folder: str | os.PathLike[str], model: nn.Module, spec: Mapping[s
         raise ModelError(f"the model's spec must hold plain JSON values: {error}.") from error
     try:
         where.mkdir(parents=True, exist_ok=True)
-        _replace({where / WEIGHTS_FILE: weights, where / SPEC_FILE: text.encode()})
+        write_aside({where / WEIGHTS_FILE: weights, where / SPEC_FILE: text.encode()})
     except OSError as error:
         raise ModelError(f"cannot write the model into {where}: {error}. Choose another folder.") from error
     return where / WEIGHTS_FILE
@@ -193,16 +194,3 @@ def _read(path: Path) -> bytes:
             f"cannot read {path}: {error.strerror or error}. A saved model is a folder with {WEIGHTS_FILE} and "
             f"{SPEC_FILE}; point at that folder."
         ) from error
-
-
-def _replace(contents: dict[Path, bytes]) -> None:
-    """Writes all files aside before the first of them takes its place."""
-    aside = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in contents}
-    try:
-        for path, content in contents.items():
-            aside[path].write_bytes(content)
-        for path, part in aside.items():
-            part.replace(path)
-    finally:
-        for part in aside.values():
-            part.unlink(missing_ok=True)

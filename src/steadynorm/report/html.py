@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from steadynorm.files.aside import write_aside
 from steadynorm.report.charts import Chart
 from steadynorm.report.charts.base import arm_style
 from steadynorm.report.headline import headline
@@ -79,12 +80,7 @@ def write_page(page: str, path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        aside.write_text(page, encoding="utf-8")
-        aside.replace(target)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_aside({target: page.encode()})
     return target
 
 

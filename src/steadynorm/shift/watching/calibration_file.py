@@ -1,7 +1,6 @@
 """A calibration on disk: safetensors for the arrays, JSON in its header for the rest. Summaries only, no example."""
 
 import json
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steadynorm.errors import DataError, ModelError
+from steadynorm.files.aside import write_aside
 from steadynorm.shift.watching.calibration import Calibration, Gaussian, LayerReference
 from steadynorm.shift.watching.embedding import Projection
 
@@ -50,14 +50,9 @@ def write_calibration(path: Path, calibration: Calibration, channels: Mapping[st
         "widening": calibration.widening,
     }
     content = save(arrays, metadata={FORMAT: json.dumps(about)})
-    # Opened by name, not by mkstemp: others may read it, as far as the umask lets them.
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with aside.open("xb") as file:
-            file.write(content)
-        aside.replace(path)
+        write_aside({path: content})
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise DataError(
             f"{path} cannot be written: {error.strerror or error}. Name a file in a folder that can."
         ) from error
