@@ -45,6 +45,7 @@ PUBLIC = [
     "functional_call",
     "fuse",
     "init",
+    "insert",
     "nn",
     "no_commit",
     "population",

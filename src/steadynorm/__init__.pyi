@@ -27,6 +27,7 @@ from .population import recalibrate_ as recalibrate_
 from .surgery import convert_ as convert_
 from .surgery import fold as fold
 from .surgery import fuse as fuse
+from .surgery import insert as insert
 from .surgery import revert_ as revert_
 from .walkthrough import explain as explain
 
@@ -52,6 +53,7 @@ __all__ = [
     "functional_call",
     "fuse",
     "init",
+    "insert",
     "nn",
     "no_commit",
     "population",

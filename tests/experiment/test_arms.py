@@ -119,9 +119,25 @@ class Custom(nn.Module):
         return self.b(torch.relu(self.a(x)))
 
 
+def test_a_forward_of_ones_own_gets_it_too():
+    before = build(resolve(Custom), BEFORE, (4,), 10)
+    assert [name for name, module in before.named_modules() if isinstance(module, NORMS)] == ["a.batchnorm"]
+    torch.manual_seed(3)
+    plain = build(resolve(Custom), PLAIN, (4,), 10)
+    torch.manual_seed(3)
+    after = build(resolve(Custom), AFTER, (4,), 10)
+    assert all(torch.equal(one, after.get_parameter(name)) for name, one in plain.named_parameters())
+    assert isinstance(after.b.input_batchnorm, nn.BatchNorm1d)
+
+
+class Powers(Custom):
+    def forward(self, x):
+        return self.b(self.a(x) ** 2)
+
+
 def test_a_model_without_a_place_names_the_way_out():
     with pytest.raises(ModelError, match=r"Write a factory f\(norm\)"):
-        build(resolve(Custom), BEFORE, (4,), 10)
+        build(resolve(Powers), BEFORE, (4,), 10)
     with pytest.raises(ModelError, match="dropout"):
         build(resolve(Custom), PLAIN, (4,), 10, dropout=0.5)
 

@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from steadynorm.errors import ArgumentError, ModelError
 from steadynorm.experiment.models import ModelSource
 from steadynorm.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from steadynorm.surgery.inserting import InsertedModel, insert
+from steadynorm.surgery.operations import is_activation
 
 __all__ = [
     "DEFAULT_ARMS",
@@ -19,7 +21,6 @@ __all__ = [
     "Where",
     "arms_for",
     "build",
-    "is_activation",
     "is_weighted",
     "norm_layer",
     "takes_dropout",
@@ -30,8 +31,7 @@ Init: TypeAlias = Literal["default", "corrected", "critical"]
 
 _NORMS: Final = {1: BatchNorm1d, 2: BatchNorm2d, 3: BatchNorm3d}
 _ANY_NORM: Final = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_DIMS: Final[dict[type[nn.Module], int]] = {nn.Linear: 1, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-_NOT_ELEMENTWISE: Final = (nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin, nn.GLU)
+_WEIGHTED: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _KEEPS_CHANNELS: Final = (
     nn.Dropout,
     nn.MaxPool1d,
@@ -88,19 +88,7 @@ def arms_for(source: ModelSource, arms: tuple[Arm, ...] | None) -> tuple[Arm, ..
 
 def is_weighted(module: nn.Module) -> bool:
     """Whether this is a Linear or convolution: a layer that batch norm can follow."""
-    return isinstance(module, tuple(_DIMS))
-
-
-def is_activation(module: nn.Module) -> bool:
-    """Whether this is an elementwise nonlinearity of `torch.nn`."""
-    return type(module).__module__ == "torch.nn.modules.activation" and not isinstance(module, _NOT_ELEMENTWISE)
-
-
-def _norm_after(layer: nn.Module) -> nn.Module:
-    dims = next(dims for kind, dims in _DIMS.items() if isinstance(layer, kind))
-    width = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    assert isinstance(width, int)  # noqa: S101 - narrows the type of an attribute that torch leaves open
-    return _NORMS[dims](width)
+    return isinstance(module, _WEIGHTED)
 
 
 def norm_layer(num_features: int, dims: int = 1) -> nn.Module:
@@ -127,19 +115,14 @@ def _hidden_activations(sequence: nn.Sequential) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
-def _insert_norm(model: nn.Module, where: Literal["before", "after"]) -> int:
-    inserted = 0
-    for sequence in _sequentials(model):
-        for position, activation in _hidden_activations(sequence):
-            layer = sequence[position]
-            if where == "after":
-                sequence.insert(activation + 1, _norm_after(layer))
-            else:
-                # The bias only moves the mean that batch norm takes away again.
-                layer.register_parameter("bias", None)
-                sequence.insert(position + 1, _norm_after(layer))
-            inserted += 1
-    return inserted
+def _inserted(model: nn.Module, source: ModelSource, where: Literal["before", "after"], x: Tensor) -> nn.Module:
+    made = insert(model, where, example=x)
+    report = cast(InsertedModel, made).insert_report
+    if report.inserted:
+        return made
+    whys = dict.fromkeys(f"at {row.nonlinearity}, {row.why}" for row in report.left)
+    whys |= dict.fromkeys(f"{name or 'the model'} could not be traced ({why})" for name, why in report.untraced)
+    raise _refuse_no_place(source, "; ".join(list(whys)[:3]))
 
 
 def insert_dropout(model: nn.Module, p: float) -> int:
@@ -169,11 +152,13 @@ def _refuse_batch_norm(model: nn.Module, source: ModelSource) -> None:
         )
 
 
-def _refuse_no_place(source: ModelSource) -> ModelError:
+def _refuse_no_place(source: ModelSource, why: str) -> ModelError:
     return ModelError(
-        f"found no place for batch norm in {source.name}: it is put in module by module, next to an activation module "
-        "that follows a Linear or convolution inside an nn.Sequential. Write a factory f(norm) that calls "
-        "norm(num_features) or norm(num_features, dims=2) where a layer belongs, and builds without when norm is None."
+        f"found no place for batch norm in {source.name}"
+        + (f": {why}" if why else "")
+        + ". It is put next to a hidden nonlinearity that follows a Linear or convolution. Write a factory f(norm) "
+        "that calls norm(num_features) or norm(num_features, dims=2) where a layer belongs, and builds without when "
+        "norm is None."
     )
 
 
@@ -192,8 +177,8 @@ def build(
 ) -> nn.Module:
     """One arm's network, initialised under torch's global random state.
 
-    Where batch norm is put in, that happens after the initialisation, so that all arms of one seed start from the
-    same weights.
+    Where batch norm is put in (`sn.insert`), that happens after the initialisation, so that all arms of one seed start
+    from the same weights.
 
     Args:
         source: Where the plain network comes from.
@@ -228,6 +213,6 @@ def build(
         return model
     if arm.where == "first":
         return _first(model, input_shape)
-    if arm.where == "own" or not _insert_norm(model, arm.where):
-        raise _refuse_no_place(source)
-    return model
+    if arm.where == "own":
+        raise _refuse_no_place(source, "it is to place it itself")
+    return _inserted(model, source, arm.where, torch.zeros(2, *input_shape))

@@ -12,7 +12,7 @@ import torch
 
 from steadynorm.errors import DataError
 from steadynorm.experiment import environment, models
-from steadynorm.experiment.arms import Arm, arms_for, build, is_activation, is_weighted
+from steadynorm.experiment.arms import Arm, arms_for, build, is_weighted
 from steadynorm.experiment.data import Source, load
 from steadynorm.experiment.lab import Lab, Measured
 from steadynorm.experiment.models import ModelLike
@@ -26,6 +26,7 @@ from steadynorm.experiment.studies import STUDIES
 from steadynorm.experiment.train import Optimizer, RunSpec, train_model
 from steadynorm.files.aside import write_aside
 from steadynorm.report.schema import ArmInfo, Results
+from steadynorm.surgery.operations import is_activation
 
 __all__ = ["Comparison", "compare"]
 

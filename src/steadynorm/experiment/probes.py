@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steadynorm.experiment.arms import is_activation, is_weighted
+from steadynorm.experiment.arms import is_weighted
 from steadynorm.experiment.split import Split
+from steadynorm.surgery.normed import OUTPUT, Normed
+from steadynorm.surgery.operations import is_activation
 
 __all__ = ["DriftRecord", "GradientRecord", "Recorder", "gradient_norms", "spread_decades", "verdict"]
 
@@ -68,7 +70,15 @@ def gradient_norms(model: nn.Module, x: Tensor, y: Tensor) -> tuple[list[str], l
                 seen.append((name, output))
                 return output.clone()  # an activation with inplace=True would overwrite what is to be looked at
 
-            module.register_forward_hook(keep)
+            def keep_before(_norm: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> tuple[Tensor]:
+                seen.append((name, inputs[0]))
+                return (inputs[0].clone(),)
+
+            inside = module.get_submodule(OUTPUT) if isinstance(module, Normed) and hasattr(module, OUTPUT) else None
+            if inside is None:
+                module.register_forward_hook(keep)
+            else:
+                inside.register_forward_pre_hook(keep_before)  # the layer gives what its batch norm makes of its output
     loss = F.cross_entropy(model(x), y, reduction="sum")
     hidden = seen[:-1]
     if not hidden:

@@ -1,4 +1,4 @@
-"""Surgery on a user's model: its batch norms to ours and back, fused with what follows, or folded into weights."""
+"""Surgery on a user's model: its batch norms put in, made ours and back, fused, or folded away."""
 
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,21 @@ if TYPE_CHECKING:
     from steadynorm.surgery.folding import fold
     from steadynorm.surgery.fuse_report import FuseReport
     from steadynorm.surgery.fusing import fuse
+    from steadynorm.surgery.inserting import insert
+    from steadynorm.surgery.insertion_report import InsertionReport
     from steadynorm.surgery.reverting import revert_
 
-__all__ = ["ConversionReport", "FoldReport", "FuseReport", "convert_", "fold", "fuse", "revert_"]
+__all__ = [
+    "ConversionReport",
+    "FoldReport",
+    "FuseReport",
+    "InsertionReport",
+    "convert_",
+    "fold",
+    "fuse",
+    "insert",
+    "revert_",
+]
 
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
@@ -24,6 +36,8 @@ __getattr__, __dir__, _ = lazy_loader.attach(
         "folding": ["fold"],
         "fuse_report": ["FuseReport"],
         "fusing": ["fuse"],
+        "inserting": ["insert"],
+        "insertion_report": ["InsertionReport"],
         "reverting": ["revert_"],
     },
 )

@@ -14,8 +14,8 @@ from steadynorm.errors import ArgumentError, ModelError, SteadynormError
 from steadynorm.surgery.affine import Weights
 from steadynorm.surgery.converting import convert_
 from steadynorm.surgery.fold_report import FoldedLayer, FoldReport
+from steadynorm.surgery.layers import is_batchnorm
 from steadynorm.surgery.matching import is_batch_norm
-from steadynorm.surgery.patterns import is_batchnorm
 from steadynorm.surgery.planning import Fold, Plan
 from steadynorm.surgery.reading import Reading, Root
 from steadynorm.surgery.sites import copied, replace

@@ -10,61 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.proxy import TraceError
-from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
-from torch.nn.utils import parametrize
 
-from steadynorm.nn.base import BatchNorm
 from steadynorm.surgery.absorbed import residual_for
+from steadynorm.surgery.layers import is_batchnorm, is_foldable
+from steadynorm.surgery.normed import Normed
 
-__all__ = ["FOLDABLE", "Branches", "Left", "View", "is_batchnorm", "obstacle", "reads_shape"]
-
-FOLDABLE: tuple[type[nn.Module], ...] = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    nn.Linear,
-)
-"""The layers that can take over a batch norm."""
+__all__ = ["Branches", "Left", "View", "reads_shape"]
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _F_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _ADAPTIVE = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 _F_ADAPTIVE = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 _POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-_NORM_FORWARDS = (TorchBatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
 _CALL_OPS = ("call_module", "call_function", "call_method")
 
 
 class Left(Exception):
     """A batch norm stays; the message is the reason, as the report gives it."""
-
-
-def is_batchnorm(module: nn.Module) -> bool:
-    """Whether it computes what torch's or steadynorm's batch norms do: a subclass may compute something else."""
-    return isinstance(module, TorchBatchNorm) and type(module).forward in _NORM_FORWARDS
-
-
-def _is_foldable(module: nn.Module) -> bool:
-    for kind in FOLDABLE:
-        if isinstance(module, kind):
-            same = type(module).forward is kind.forward
-            return same and (kind is nn.Linear or type(module)._conv_forward is kind._conv_forward)  # pyright: ignore
-    return False
-
-
-def obstacle(module: nn.Module) -> str | None:
-    """Why a layer's weights are not to be touched; None where they may be."""
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
-        return "is not initialised: run a batch first"
-    if parametrize.is_parametrized(module):
-        return "is parametrised: remove the parametrization first"
-    if module._forward_pre_hooks or module._forward_hooks:  # pyright: ignore[reportPrivateUsage]
-        return "has forward hooks (as weight_norm and spectral_norm leave them)"
-    if module.__dict__.get("qconfig") is not None:
-        return "is prepared for quantisation"
-    weight = getattr(module, "weight", None)
-    if weight is not None and not weight.is_floating_point():
-        return f"has weights of {weight.dtype}"
-    return None
 
 
 class Branches:
@@ -112,7 +74,9 @@ class _Tracer(fx.Tracer):
         return self.branches.answer(obj.node)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = is_batchnorm(m) or _is_foldable(m) or id(m) in self.opaque
+        if isinstance(m, Normed):
+            return False
+        known = is_batchnorm(m) or is_foldable(m) or id(m) in self.opaque
         return known or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -153,20 +117,35 @@ class View:
         self.calls: Counter[int] = Counter()
         self.nodes: dict[int, fx.Node] = {}
         self.read_directly: set[int] = set()
+        self._inside = {node: path for node in self.graph.nodes if (path := self._normed(node)) is not None}
         parameters = dict(root.named_parameters(remove_duplicate=False)) | dict(root.named_buffers())
         for node in self.graph.nodes:
             module = self.module(node)
             if module is not None:
                 self.calls[id(module)] += 1
                 self.nodes[id(module)] = node
-            elif node.op == "get_attr" and node.target in parameters:
+            elif node.op == "get_attr" and node.target in parameters and not self._inside.keys() >= node.users.keys():
                 self.read_directly.add(id(parameters[node.target]))
 
     def module(self, node: object) -> nn.Module | None:
         """The module that a node calls."""
+        path = self.path(node)
+        return None if path is None else self.modules[path]
+
+    def path(self, node: object) -> str | None:
+        """The name of the module that a node calls, in what was traced."""
         if isinstance(node, fx.Node) and node.op == "call_module":
-            return self.modules[cast(str, node.target)]
-        return None
+            return cast(str, node.target)
+        return self._inside.get(cast(fx.Node, node))
+
+    def _normed(self, node: fx.Node) -> str | None:
+        """The layer with a batch norm inside it whose own operation a node is."""
+        stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+        path = stack[-1] if stack else ""
+        weight = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or not isinstance(self.modules[path], Normed):
+            return None
+        return path if weight.target == (f"{path}.weight" if path else "weight") else None
 
     @staticmethod
     def input(node: fx.Node) -> object:
@@ -190,13 +169,13 @@ class View:
         if not isinstance(node, fx.Node) or node.op not in _CALL_OPS:
             raise Left("no convolution or linear layer comes before it")
         module = self.module(node)
-        foldable = module is not None and _is_foldable(module)
+        foldable = module is not None and is_foldable(module)
         if len([u for u in node.users if not reads_shape(u, node)]) > 1 or _times(node, user) != 1:
-            kind = "of " + str(node.target) if module is not None else f"of {node.name}"
+            kind = f"of {self.path(node) or node.name}"
             raise Left(f"the output {kind} before it is used elsewhere too")
         if foldable and module is not None:
             if pooled and isinstance(module, nn.Linear):
-                raise Left(f"the pooling between {node.target} and it goes over the features")
+                raise Left(f"the pooling between {self.path(node)} and it goes over the features")
             yield module, joined
             return
         if node.target is torch.cat and _literal(node, 1, "dim", 0) == 1 and not joined:
@@ -227,7 +206,7 @@ class View:
             raise Left("no convolution or linear layer takes its output")
         for user in node.users:
             module = self.module(user)
-            if module is not None and _is_foldable(module) and self.input(user) is node:
+            if module is not None and is_foldable(module) and self.input(user) is node:
                 yield module, joined, pooled
                 continue
             step = self._passes(user, gone) if user.op in _CALL_OPS and self.input(user) is node else None
@@ -240,7 +219,7 @@ class View:
             return "the end of what was traced"
         module = self.module(node)
         if module is not None:
-            return f"{node.target} ({type(module).__name__})"
+            return f"{self.path(node)} ({type(module).__name__})"
         return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
     def _passes(self, node: fx.Node, gone: set[int]) -> _Pass | None:

@@ -22,7 +22,8 @@ from steadynorm.surgery.affine import (
     padding_of,
     weights_of,
 )
-from steadynorm.surgery.patterns import Left, View, is_batchnorm
+from steadynorm.surgery.layers import is_batchnorm
+from steadynorm.surgery.patterns import Left, View
 from steadynorm.surgery.reading import Reading, Root
 from steadynorm.surgery.remains import ChannelPad, Remainder
 

@@ -11,7 +11,8 @@ from typing import Any, Final
 from torch import nn
 from torch.fx.proxy import TraceError
 
-from steadynorm.surgery.patterns import Branches, Left, View, is_batchnorm, obstacle
+from steadynorm.surgery.layers import is_batchnorm, obstacle
+from steadynorm.surgery.patterns import Branches, Left, View
 
 __all__ = ["Reading", "Root"]
 
@@ -86,9 +87,17 @@ class Reading:
         if why is not None:
             raise Left(f"{name} {why}")
 
-    def trace(self, root: Root) -> None:
-        """Traces the part anew, which raises if its forward needs what has gone meanwhile."""
-        list(self._views(self.model.get_submodule(root.name), None))
+    def trace(self, root: Root, module: nn.Module | None = None) -> list[View]:
+        """Traces the part anew, which raises if its forward needs what has gone meanwhile.
+
+        Args:
+            root: The part.
+            module: Itself, if it has another name by now.
+
+        Returns:
+            Its forward with all arguments given, in every way that it can take.
+        """
+        return list(self._views(self.model.get_submodule(root.name) if module is None else module, None))
 
     def _read(self, name: str, module: nn.Module) -> list[Root]:
         """The largest traceable parts of a module: itself, itself around what is not, or those inside it."""

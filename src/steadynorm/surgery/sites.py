@@ -77,13 +77,14 @@ def sites_of(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Site
     return [Site(module, tuple(found[module])) for module in order]
 
 
-def chosen(sites: Iterable[Site], only: Only) -> set[nn.Module]:
+def chosen(sites: Iterable[Site], only: Only, what: str = "batch norm") -> set[nn.Module]:
     """The layers that `only` means.
 
     Args:
         sites: All there are.
         only: None for all of them; a predicate of name and module; or names, or patterns of names with `*`, `?` and
-            `[...]`, of batch norms or of the modules that hold them.
+            `[...]`, of layers or of the modules that hold them.
+        what: What these layers are.
 
     Raises:
         ArgumentError: It is something else, or a name or pattern that fits none of them.
@@ -102,7 +103,7 @@ def chosen(sites: Iterable[Site], only: Only) -> set[nn.Module]:
         if not fits:
             known = ", ".join(repr(site.names[0]) for site in sites[:5]) or "none at all"
             raise ArgumentError(
-                f"only={pattern!r} fits no batch norm of this model; those that could be meant are {known}"
+                f"only={pattern!r} fits no {what} of this model; those that could be meant are {known}"
                 f"{', ...' if len(sites) > 5 else ''}."
             )
         layers |= fits
