@@ -1,35 +1,20 @@
 """The command line: what it prints, where, and with which exit code."""
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from steadynorm.cli import main
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
+from support_cli import Done, run
 
 
 @pytest.fixture
 def steadynorm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Runs the command line in this process."""
 
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["steadynorm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        return Done(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
+    return partial(run, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("command", [(), ("explain",), ("compare",)])

@@ -5,34 +5,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 
-from steadynorm.cli import main
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
+from support_cli import Done, run
 
 
 @pytest.fixture
 def shift(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
     """Runs `steadynorm shift` in this process."""
 
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["steadynorm", "shift", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        return Done(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
+    return partial(run, monkeypatch, capsys, "shift")
 
 
 @pytest.fixture

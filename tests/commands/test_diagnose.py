@@ -3,22 +3,15 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from steadynorm.cli import main
+from support_cli import Done, run
 from support_diagnosis import digits, mlp, trained
-
-
-class Done(NamedTuple):
-    code: int
-    out: str
-    err: str
-
 
 FACTORIES = """
 import torch
@@ -55,15 +48,7 @@ def diagnose(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "factories_of_test", raising=False)
 
-    def run(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["steadynorm", "diagnose", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        captured = capsys.readouterr()
-        code = stopped.value.code
-        return Done(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
+    return partial(run, monkeypatch, capsys, "diagnose")
 
 
 @pytest.fixture(scope="module")

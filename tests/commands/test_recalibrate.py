@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel
 
 import steadynorm as sn
-from steadynorm import cli
+from support_cli import run
 from support_population import bits, images, network, norms
 
 
@@ -36,13 +37,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def call(place, monkeypatch, capsys):
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["steadynorm", "recalibrate", *args])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return run
+    return partial(run, monkeypatch, capsys, "recalibrate")
 
 
 @pytest.mark.parametrize("data", ["x.npy", "x.npz", "x.safetensors", "nets:loader"])
