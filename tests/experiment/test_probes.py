@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import steadynorm as sn
 from steadynorm.experiment.arms import BEFORE, build
 from steadynorm.experiment.models import resolve
 from steadynorm.experiment.probes import Recorder, _input_percentiles, gradient_norms, spread_decades, verdict
@@ -150,3 +151,29 @@ def test_inplace_activations_change_nothing_of_what_is_seen():
     x, y = torch.randn(16, 3), torch.randint(2, (16,))
     assert gradient_norms(apart, x, y) == gradient_norms(inplace, x, y)
     assert torch.equal(_input_percentiles(apart, x), _input_percentiles(inplace, x))
+
+
+class Own(nn.Module):
+    """A forward of its own, whose batch norms `insert` puts inside the layers."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = torch.tanh(layer(x))
+        return last(x)
+
+
+def test_the_gradient_is_that_of_the_layer_s_own_output_also_with_a_batch_norm_inside():
+    torch.manual_seed(1)
+    layers = [nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)]
+    one, two, last = layers
+    plain = nn.Sequential(one, nn.Tanh(), two, nn.Tanh(), last)
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    expected = gradient_norms(sn.insert(plain), x, y)
+    got = gradient_norms(sn.insert(Own(layers)), x, y)
+    assert (expected[0], got[0]) == (["0", "3"], ["layers.0", "layers.1"])
+    assert got[1] == pytest.approx(expected[1], rel=1e-6)

@@ -177,6 +177,9 @@ def test_a_shared_nonlinearity_in_nested_sequentials():
     plain = nn.Sequential(nn.Sequential(nn.Linear(4, 6), act), nn.Sequential(nn.Linear(6, 5), act, nn.Linear(5, 2)))
     for where, names in (("before", ["0.1", "1.1"]), ("after", ["0.2", "1.2"])):
         assert placed(sn.insert(plain, where)) == names
+    flat = nn.Sequential(nn.Linear(4, 6), act, nn.Linear(6, 5), act, nn.Linear(5, 2))
+    assert placed(sn.insert(flat)) == ["1", "4"]
+    assert placed(sn.insert(flat, "after")) == ["2", "5"]
 
 
 def test_copies_and_pickles_compute_the_same():
@@ -220,6 +223,21 @@ class TestResidual:
         assert placed(made) == ["stem.batchnorm", "one.batchnorm"]
         assert [row.zero_gamma for row in made.insert_report.inserted] == [False, True]
         assert not made.one.batchnorm.weight.any()
+
+    def test_two_branches_alike_have_no_shortcut(self):
+        class Parallel(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a, self.b, self.out = (
+                    nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(3)
+                )
+
+            def forward(self, x):
+                return self.out(torch.relu(self.a(x) + self.b(x)))
+
+        made = sn.insert(Parallel(), zero_gamma=True)
+        assert len(made.insert_report.inserted) == 5
+        assert not any(row.zero_gamma for row in made.insert_report.inserted)
 
     def test_gamma_zero_needs_a_gamma(self):
         with pytest.raises(ArgumentError, match="affine=True"):
@@ -517,5 +535,6 @@ class TestTogether:
         y = made(x)
         torch.testing.assert_close(torch.fx.symbolic_trace(made)(x), y)
         torch.testing.assert_close(torch.export.export(made, (x,)).module()(x), y)
+        torch.testing.assert_close(torch.compile(made, backend="eager", fullgraph=True)(x), y)
         assert len(sn.revert_(made).converted) == 3
         torch.testing.assert_close(made(x), y)
