@@ -32,6 +32,7 @@ PUBLIC = [
     "accumulate",
     "activations",
     "average_",
+    "check",
     "compare",
     "convert_",
     "diagnose",

@@ -24,6 +24,7 @@ from .nn import sync_ as sync_
 from .nn import unfreeze_ as unfreeze_
 from .population import diagnose as diagnose
 from .population import recalibrate_ as recalibrate_
+from .surgery import check as check
 from .surgery import convert_ as convert_
 from .surgery import fold as fold
 from .surgery import fuse as fuse
@@ -40,6 +41,7 @@ __all__ = [
     "accumulate",
     "activations",
     "average_",
+    "check",
     "compare",
     "convert_",
     "diagnose",

@@ -1,7 +1,8 @@
-"""The command line: `steadynorm compare | explain | shift | diagnose | recalibrate`.
+"""The command line: `steadynorm compare | explain | shift | diagnose | recalibrate | fold | check`.
 
-Exit codes: 0 done; 1 a shift or a finding, where `--fail-on-shift` or `--fail-on` asks for it; 2 bad input, with one
-line saying what was wrong and what to do; 130 interrupted (what was finished is kept).
+Exit codes: 0 done; 1 a shift, a finding or an unsafe switch, where `--fail-on-shift`, `--fail-on` or `--fail-on-unsafe`
+asks for it; 2 bad input, with one line saying what was wrong and what to do; 130 interrupted (what was finished is
+kept).
 """
 
 import io
@@ -13,8 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 import steadynorm as sn
+from steadynorm.commands.check import EXAMPLES as CHECK_EXAMPLES
+from steadynorm.commands.check import check
 from steadynorm.commands.diagnose import EXAMPLES as DIAGNOSE_EXAMPLES
 from steadynorm.commands.diagnose import diagnose
+from steadynorm.commands.fold import EXAMPLES as FOLD_EXAMPLES
+from steadynorm.commands.fold import fold
 from steadynorm.commands.recalibrate import EXAMPLES as RECALIBRATE_EXAMPLES
 from steadynorm.commands.recalibrate import recalibrate
 from steadynorm.errors import ArgumentError, SteadynormError
@@ -230,6 +235,8 @@ def shift(
 
 app.command(epilog=DIAGNOSE_EXAMPLES)(diagnose)
 app.command(epilog=RECALIBRATE_EXAMPLES)(recalibrate)
+app.command(epilog=FOLD_EXAMPLES)(fold)
+app.command(epilog=CHECK_EXAMPLES)(check)
 
 
 def _names(text: str) -> list[str]:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from steadynorm.errors import ModelError
+from steadynorm.files.aside import write_aside
 from steadynorm.files.weights import read_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["built"]
+__all__ = ["built", "write_weights"]
 
 _INSIDE: Final = ("state_dict", "model_state_dict", "model")
 
@@ -48,3 +49,19 @@ def _state(path: Path) -> dict[str, "Tensor"]:
     state = {str(key): tensor for key, tensor in found.items() if key != "n_averaged"}
     wrapped = bool(state) and all(key.startswith("module.") for key in state)
     return {key.removeprefix("module.") if wrapped else key: tensor for key, tensor in state.items()}
+
+
+def write_weights(out: Path, network: "nn.Module") -> None:
+    """Writes a state_dict as .safetensors.
+
+    Raises:
+        ModelError: It cannot be written.
+    """
+    from safetensors.torch import save
+
+    # Cloned, because safetensors refuses tensors that share memory (tied weights).
+    content = save({name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()})
+    try:
+        write_aside({out: content})
+    except OSError as error:
+        raise ModelError(f"cannot write {out}: {error.strerror or error}. Choose another folder.") from error

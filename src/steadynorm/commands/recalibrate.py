@@ -1,20 +1,18 @@
 """`steadynorm recalibrate`: weights in a file, recalibrated on data in a file, into another file."""
 
 import json
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, cast
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from steadynorm.commands.networks import built
+from steadynorm.commands.arrays import arrays_in, one_of
+from steadynorm.commands.networks import built, write_weights
 from steadynorm.errors import ArgumentError, DataError, ModelError
-from steadynorm.files.aside import write_aside
-from steadynorm.files.weights import read_weights
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 __all__ = ["EXAMPLES", "recalibrate"]
 
@@ -68,7 +66,7 @@ def recalibrate(
     except KeyboardInterrupt:
         typer.echo(f"\nInterrupted: nothing was written to {out}.", err=True)
         raise typer.Exit(130) from None
-    _write(out, network)
+    write_weights(out, network)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
@@ -84,49 +82,14 @@ def _loader(data: str, network: "nn.Module", batch_size: int) -> Iterable[Any]:
     if user_code.is_name(data) and not path.exists():
         given: Any = user_code.call(user_code.import_named(data, DataError), name=repr(data), error=DataError)
     else:
-        given = _inputs(path)
+        if path.suffix.lower() not in (".npy", ".npz", ".safetensors"):
+            raise DataError(
+                f"--data must be an .npy, .npz or .safetensors file, or pkg.mod:factory for anything else; got {path}."
+            )
+        given = one_of(arrays_in(path), path)
     if not isinstance(given, Tensor):
         return given
     if given.dim() == 0:
         raise DataError(f"{data} must hold inputs (N, ...), got a single number.")
     kind = next((p.dtype for p in network.parameters() if p.is_floating_point()), None)
     return (given.to(kind) if kind is not None and given.is_floating_point() else given).split(batch_size)
-
-
-def _inputs(path: Path) -> "Tensor":
-    import torch
-
-    suffix = path.suffix.lower()
-    if suffix not in (".npy", ".npz", ".safetensors"):
-        raise DataError(
-            f"--data must be an .npy, .npz or .safetensors file, or pkg.mod:factory for anything else; got {path}."
-        )
-    if suffix == ".safetensors":
-        return _one(cast("Mapping[str, Tensor]", read_weights(path, DataError)), path)
-    import numpy as np
-
-    try:
-        array: Any = np.load(path, allow_pickle=False)
-        if suffix == ".npz":
-            with array as archive:
-                array = _one({name: archive[name] for name in archive.files}, path)
-        return torch.from_numpy(np.array(array, order="C"))
-    except (OSError, ValueError, TypeError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as plain arrays: {error}. Write it again with numpy.save.") from error
-
-
-def _one(arrays: Mapping[str, Any], path: Path) -> Any:
-    if "x" not in arrays and len(arrays) != 1:
-        raise DataError(f"{path} must hold an array named x, or a single one; it holds {', '.join(arrays) or 'none'}.")
-    return arrays["x"] if "x" in arrays else next(iter(arrays.values()))
-
-
-def _write(out: Path, network: "nn.Module") -> None:
-    from safetensors.torch import save
-
-    # Cloned, because safetensors refuses tensors that share memory (tied weights).
-    content = save({name: t.detach().cpu().contiguous().clone() for name, t in network.state_dict().items()})
-    try:
-        write_aside({out: content})
-    except OSError as error:
-        raise ModelError(f"cannot write {out}: {error.strerror or error}. Choose another folder.") from error

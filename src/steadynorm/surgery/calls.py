@@ -1,16 +1,14 @@
 """Which layers a model calls on an example, how often, in which order, and with how many axes."""
 
 from collections import defaultdict
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from steadynorm.errors import ModelError, SteadynormError
 from steadynorm.nn.keeping import Buffers, evaluating
 from steadynorm.surgery.layers import is_foldable
+from steadynorm.surgery.outputs import called
 
 __all__ = ["Calls"]
 
@@ -41,8 +39,8 @@ class Calls:
         handles = [layer.register_forward_hook(partial(self._note, name)) for name, layer in layers.items()]
         buffers = Buffers(model)
         try:
-            with torch.no_grad(), evaluating(model):
-                _run(model, example)
+            with evaluating(model):
+                called(model, example)
         finally:
             buffers.restore()
             for handle in handles:
@@ -53,18 +51,3 @@ class Calls:
         self.last[name] = sum(self.count.values())
         if isinstance(output, Tensor):
             self.ranks[name].add(output.dim())
-
-
-def _run(model: nn.Module, example: Any) -> None:
-    try:
-        if isinstance(example, Mapping):
-            model(**cast("Mapping[str, Any]", example))
-        else:
-            model(*example) if isinstance(example, tuple) else model(example)
-    except SteadynormError:
-        raise
-    except Exception as error:  # whatever a user's forward raises
-        raise ModelError(
-            "example= needs an input that the model takes (a tensor, a tuple of arguments, a dict of named ones); with "
-            f"the given one it failed: {type(error).__name__}: {error}"
-        ) from error

@@ -8,21 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: ignore[reportPrivateUsage]
 from torch.nn.modules.conv import _ConvNd as TorchConv  # pyright: ignore[reportPrivateUsage]
-from torch.utils import _pytree as pytree  # pyright: ignore[reportPrivateUsage]
 
-from steadynorm.errors import ArgumentError, ModelError, SteadynormError
+from steadynorm.errors import ArgumentError, ModelError
 from steadynorm.surgery.affine import Weights
 from steadynorm.surgery.converting import convert_
 from steadynorm.surgery.fold_report import FoldedLayer, FoldReport
 from steadynorm.surgery.layers import is_batchnorm
 from steadynorm.surgery.matching import is_batch_norm
+from steadynorm.surgery.outputs import BOUNDS, bound_of, called, error_of, floating
 from steadynorm.surgery.planning import Fold, Plan
 from steadynorm.surgery.reading import Reading, Root
 from steadynorm.surgery.sites import copied, replace
 
 __all__ = ["FoldedModel", "fold"]
-
-_BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class FoldedModel(Protocol):
@@ -122,21 +120,6 @@ def _inputs(given: Any) -> list[Any]:
     return list(given) if isinstance(given, list) else [given]
 
 
-def _run(model: nn.Module, given: Any) -> Any:
-    try:
-        with torch.no_grad():
-            if isinstance(given, dict):
-                return model(**given)
-            return model(*given) if isinstance(given, tuple) else model(given)
-    except SteadynormError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"example= and verify= need inputs that the model takes (a tensor, a tuple of arguments, a dict of named "
-            f"ones); with the given one it failed: {type(error).__name__}: {error}"
-        ) from error
-
-
 def _ranks(model: nn.Module, inputs: Sequence[Any]) -> dict[str, set[int]]:
     """The numbers of axes of each batch norm's inputs."""
     seen: dict[str, set[int]] = {}
@@ -153,7 +136,7 @@ def _ranks(model: nn.Module, inputs: Sequence[Any]) -> dict[str, set[int]]:
     handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in norms] if inputs else []
     try:
         for given in inputs:
-            _run(model, given)
+            called(model, given)
     finally:
         for handle in handles:
             handle.remove()
@@ -242,24 +225,17 @@ def _unread(module: nn.Module, untraced: Mapping[str, str]) -> str:
 
 
 def _verified(model: nn.Module, folded: nn.Module, inputs: Sequence[Any]) -> tuple[float, float]:
-    worst, bound = 0.0, min(_BOUNDS.values())
+    worst, bound = 0.0, min(BOUNDS.values())
     for given in inputs:
-        wanted, got = (_tensors(_run(one, given)) for one in (model, folded))
+        wanted, got = (floating(called(one, given)) for one in (model, folded))
         if len(wanted) != len(got) or not wanted:
             raise ModelError("verify needs a model whose outputs are tensors, the same number from both models.")
-        for a, b in zip(wanted, got, strict=True):
-            bound = max(bound, _BOUNDS.get(a.dtype, 1e-4))
-            scale = a.double().abs().max().item()
-            error = (a.double() - b.double()).abs().max().item()
-            relative = error / scale if scale > 0 else error
-            worst = relative if relative != relative else max(worst, relative)
+        bound = max(bound, bound_of(wanted))
+        error = error_of(got, wanted)
+        worst = error if error != error else max(worst, error)
     if not worst <= bound:
         raise ModelError(
             f"the folded model differs from the original by {worst:.2g} of the output's scale, beyond {bound:.0e}. "
             "Keep the original; a forward that depends on its input's values, or statistics of huge scale, can be why."
         )
     return worst, bound
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
