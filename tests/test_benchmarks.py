@@ -11,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cpu
 import cpu_table
+import folding
 import training_steps
 from cpu_oracle import EPS, Outcome, Problem, worst_error
 from cpu_peers import contenders, floor, kept_for_backward, problem_of
 from cpu_rows import BATCHES, MLPS, Row, band, floor_transfers, full_suite, quantiles, select
 from cpu_timing import interleaved, percentiles
+from folding_models import OURS
 from models import MODELS, norm_shapes, torch_norm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -292,3 +294,20 @@ def test_a_run_becomes_pages_and_a_picture(tmp_path: Path):
 def test_the_speed_tables_say_what_the_measurements_do(path: str, page: str):
     written = re.search(r"<!-- speed -->\n(.*?)<!-- /speed -->", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
     assert written[1] == cpu_table.block(page), "run python benchmarks/cpu_table.py"
+
+
+def test_the_folding_table_says_what_was_measured():
+    page = folding.GUIDE.read_text(encoding="utf-8")
+    assert folding.written(page) == page, "run python benchmarks/folding.py --tables"
+    rows = {row["network"]: row for row in json.loads(folding.MEASURED.read_text())["networks"]}
+    assert set(OURS) <= set(rows)
+    assert all(row["fx"] <= row["folded"] <= row["batch_norms"] and row["error"] <= 1e-4 for row in rows.values())
+
+
+def test_a_row_of_the_folding_table():
+    row = folding.measured("RepVGG", 0.0)
+    # The stem; four blocks of two convolutions and a batch norm alone; two that stride, without the last.
+    assert row["batch_norms"] == row["folded"] == 1 + 4 * 3 + 2 * 2
+    assert row["left"] == []
+    assert row["error"] <= 1e-5
+    assert folding.line(row).count("|") == 12

@@ -58,5 +58,10 @@ class FoldReport:
         lines += [
             f"  {'folded' if one.folded else 'left  '} {one.name or 'the model'}: {one.how}" for one in self.layers
         ]
-        lines += [f"  could not be traced: {name or 'the model'} ({why})" for name, why in self.untraced]
+        left = [one.name for one in self.layers if not one.folded]
+        lines += [
+            f"  could not be traced: {name or 'the model'} ({why})"
+            for name, why in self.untraced
+            if any(one.startswith(f"{name}." if name else "") for one in left)
+        ]
         return "\n".join(lines)

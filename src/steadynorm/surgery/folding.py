@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, cast
 
 import torch
@@ -10,13 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm as TorchBatchNorm  # pyright: 
 from torch.nn.modules.conv import _ConvNd as TorchConv  # pyright: ignore[reportPrivateUsage]
 
 from steadynorm.errors import ArgumentError, ModelError
-from steadynorm.surgery.affine import Weights
 from steadynorm.surgery.converting import convert_
 from steadynorm.surgery.fold_report import FoldedLayer, FoldReport
 from steadynorm.surgery.layers import is_batchnorm
 from steadynorm.surgery.matching import is_batch_norm
+from steadynorm.surgery.merging import merge as merge_into
+from steadynorm.surgery.merging import merges_in
 from steadynorm.surgery.outputs import BOUNDS, bound_of, called, error_of, floating
-from steadynorm.surgery.planning import Fold, Plan
+from steadynorm.surgery.patterns import Left
+from steadynorm.surgery.planning import Plan
 from steadynorm.surgery.reading import Reading, Root
 from steadynorm.surgery.sites import copied, replace
 
@@ -29,7 +32,7 @@ class FoldedModel(Protocol):
     fold_report: FoldReport
 
 
-def fold(model: nn.Module, *, example: Any = None, verify: Any = None) -> nn.Module:
+def fold(model: nn.Module, *, example: Any = None, verify: Any = None, merge: bool = True) -> nn.Module:
     """A copy of a model for inference in which batch norms have gone into the layers before or after them.
 
     A batch norm in evaluation is an affine map per channel, y = a x + b with a = γ / sqrt(σ² + ε), b = β - μ a and σ²
@@ -39,13 +42,13 @@ def fold(model: nn.Module, *, example: Any = None, verify: Any = None) -> nn.Mod
         batch norm, then layer      w' = w a           c' = c + Σ w b
 
     Layers: Conv1d, 2d, 3d, ConvTranspose1d, 2d, 3d, Linear. Between them and the batch norm there may be Identity,
-    Dropout, flattening and average pooling; before it also a concatenation of such layers. A convolution behind a
-    batch norm that pads with zeros is given the value that the batch norm maps to zero to pad with. The activation of
-    steadynorm's layers, and their residual, stay.
+    Dropout, flattening, average pooling and means; before it also a concatenation of such layers. A convolution
+    behind a batch norm that pads with zeros is given the value that the batch norm maps to zero to pad with. The
+    activation of steadynorm's layers, and their residual, stay.
 
     The model is read by `torch.fx`, in every way that its forwards can take, or where that fails, its largest parts
-    that can be. What cannot be folded exactly
-    is left as it is, and the report says why: weights used twice, parametrised or hooked layers, and more.
+    that can be. What cannot be folded exactly is left as it is, and the report says why: weights used twice,
+    parametrised or hooked layers, and more.
 
     Args:
         model: In evaluation; it is not changed.
@@ -53,6 +56,9 @@ def fold(model: nn.Module, *, example: Any = None, verify: Any = None) -> nn.Mod
             layer lie: a tensor, a tuple of arguments or a dict of named ones. Without one they are taken to be the
             features of 2-D inputs, and any other input is refused by an error.
         verify: One such input, or a list of several, run through both models. Also used as example.
+        merge: Whether parallel convolutions of one input, and a batch norm beside them, become one where only their
+            sum is used (RepVGG): exactly, by the sum of their kernels, the smaller padded with zeros. The others are
+            replaced by a zero, and have no entries in the state_dict.
 
     Returns:
         The folded model, with a `fold_report` (a `FoldReport`). What stays keeps its names in the state_dict; a layer
@@ -89,8 +95,11 @@ def fold(model: nn.Module, *, example: Any = None, verify: Any = None) -> nn.Mod
     ranks = _ranks(model, [*inputs, *(_inputs(example) if example is not None else [])])
     said: dict[str, FoldedLayer] = {}
     for root in reading.roots:
-        plan = _confirmed(reading, root, _agreed(reading, root, originals, ranks))
-        _apply(folded, reading, plan.folds, plan.weights)
+        plan = _agreed(reading, root, originals, ranks)
+        if merge:
+            _merge(plan, root)
+        plan = _confirmed(reading, root, plan)
+        _apply(folded, reading, plan)
         said |= {n: FoldedLayer(n, True, one.into, one.how) for n, one in plan.folds.items()}
         said |= {n: FoldedLayer(n, False, (), why) for n, why in plan.left.items()}
     layers = tuple(
@@ -121,7 +130,7 @@ def _inputs(given: Any) -> list[Any]:
 
 
 def _ranks(model: nn.Module, inputs: Sequence[Any]) -> dict[str, set[int]]:
-    """The numbers of axes of each batch norm's inputs."""
+    """The numbers of axes of the inputs of each batch norm and convolution."""
     seen: dict[str, set[int]] = {}
 
     def hook(name: str) -> Any:
@@ -132,8 +141,8 @@ def _ranks(model: nn.Module, inputs: Sequence[Any]) -> dict[str, set[int]]:
 
         return before
 
-    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, TorchBatchNorm)]
-    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in norms] if inputs else []
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (TorchBatchNorm, TorchConv))]
+    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers] if inputs else []
     try:
         for given in inputs:
             called(model, given)
@@ -155,6 +164,7 @@ def _agreed(reading: Reading, root: Root, originals: Mapping[str, nn.Module], ra
             for plan in plans[1:]:  # what the first does not call
                 made.folds, made.weights = plan.folds | made.folds, plan.weights | made.weights
                 made.left = {name: why for name, why in (plan.left | made.left).items() if name not in made.folds}
+                made.gone |= plan.gone
             return made
         banned |= dict.fromkeys(differing, "what is around it depends on the input, or on optional arguments")
 
@@ -167,45 +177,55 @@ def _holds(plan: Plan, name: str, into: tuple[str, ...]) -> bool:
     return not any(plan.view.calls[id(layer)] for layer in layers)
 
 
+def _merge(plan: Plan, root: Root) -> None:
+    """Takes in the merges that hold whichever way the forward takes."""
+    found = [(view, merges_in(plan, view)) for view in root.views]
+    for one in dict.fromkeys(one for _, merges in found for one in merges):
+        layers = [plan.reading.model.get_submodule(name) for name in one.names]
+        if all(one in merges or not any(view.calls[id(layer)] for layer in layers) for view, merges in found):
+            with suppress(Left):
+                merge_into(plan, one)
+
+
 def _confirmed(reading: Reading, root: Root, plan: Plan) -> Plan:
     """The plan, if the part can be traced without the batch norms: its forward has no other way to them."""
     if not plan.folds:
         return plan
     modules = dict(reading.model.named_modules(remove_duplicate=False))
-    _place_remains(reading.model, reading, plan.folds)
+    _place(reading.model, reading, plan)
     try:
         reading.trace(root)
     except Exception as error:
-        for name in plan.folds:
+        for name in (*plan.folds, *plan.absent):
             for alias in reading.names[id(modules[name])]:
                 replace(reading.model, alias, modules[name])
         why = f"the forward needs the layer itself ({type(error).__name__}: {error})"
         plan.left |= dict.fromkeys(plan.folds, why)
-        plan.folds, plan.weights = {}, {}
+        plan.folds, plan.weights, plan.absent = {}, {}, {}
     return plan
 
 
-def _place_remains(model: nn.Module, reading: Reading, folds: Mapping[str, Fold]) -> None:
-    for name, made in folds.items():
+def _place(model: nn.Module, reading: Reading, plan: Plan) -> None:
+    """Puts what remains of the layers into their places."""
+    for name, remains in {**{name: made.remains for name, made in plan.folds.items()}, **plan.absent}.items():
+        own = copy.deepcopy(remains).eval()
         for alias in _aliases(reading, name):
-            replace(model, alias, made.remains.eval())
+            replace(model, alias, own)
 
 
 def _aliases(reading: Reading, name: str) -> Iterator[str]:
     yield from next(names for names in reading.names.values() if name in names)
 
 
-def _apply(folded: nn.Module, reading: Reading, folds: Mapping[str, Fold], weights: Mapping[str, Weights]) -> None:
-    for name, made in folds.items():
-        remains = copy.deepcopy(made.remains).eval()
-        for alias in _aliases(reading, name):
-            replace(folded, alias, remains)
+def _apply(folded: nn.Module, reading: Reading, plan: Plan) -> None:
+    _place(folded, reading, plan)
+    for made in plan.folds.values():
         if made.unpadded is not None:
             conv = cast(TorchConv, folded.get_submodule(made.unpadded))
             conv.padding = (0,) * len(conv.kernel_size)
             none = [0, 0] * len(conv.kernel_size)
             conv._reversed_padding_repeated_twice = none  # pyright: ignore[reportPrivateUsage]
-    for name, made in weights.items():
+    for name, made in plan.weights.items():
         layer = folded.get_submodule(name)
         old = cast(nn.Parameter, layer.weight)
         with torch.no_grad():

@@ -12,7 +12,8 @@ from torch import nn
 from torch.fx.proxy import TraceError
 
 from steadynorm.surgery.layers import is_batchnorm, obstacle
-from steadynorm.surgery.patterns import Branches, Left, View
+from steadynorm.surgery.patterns import Left, View
+from steadynorm.surgery.tracing import Branches, Helpers
 
 __all__ = ["Reading", "Root"]
 
@@ -58,6 +59,7 @@ class Reading:
             for tensor in (*module._parameters.values(), *module._buffers.values()):  # pyright: ignore[reportPrivateUsage]
                 self._owners[id(tensor)] += tensor is not None
         self._opaque: set[int] = set()
+        self._helpers = Helpers()
         self._seen: set[int] = set()
         self.roots = self._read("", self.model)
 
@@ -97,7 +99,7 @@ class Reading:
         Returns:
             Its forward with all arguments given, in every way that it can take.
         """
-        return list(self._views(self.model.get_submodule(root.name) if module is None else module, None))
+        return list(self._views(self.model.get_submodule(root.name) if module is None else module, None, []))
 
     def _read(self, name: str, module: nn.Module) -> list[Root]:
         """The largest traceable parts of a module: itself, itself around what is not, or those inside it."""
@@ -125,17 +127,22 @@ class Reading:
     def _traced(self, name: str, module: nn.Module) -> tuple[Root | None, str]:
         if _is_leaf(module):
             return None, "it is a layer"
+        ended: list[Exception] = []
         try:
-            views = [view for given in _defaults(type(module)) for view in self._views(module, given)]
+            views = [view for given in _defaults(type(module)) for view in self._views(module, given, ended)]
             if not views:
-                return None, "its forward ends in an error whatever it is given"
+                raise ended[0]
         except Exception as error:  # whatever a user's forward raises when it is handed a stand-in
+            if self._helpers.add(error):
+                return self._traced(name, module)
+            if error in ended:
+                return None, "its forward ends in an error whatever it is given"
             said = str(error).strip().splitlines()
             return None, f"{type(error).__name__}: {said[0] if said else ''}"[:160]
         return Root(name, tuple(views), frozenset(self._own(name, module))), ""
 
-    def _views(self, module: nn.Module, concrete: Mapping[str, Any] | None) -> Iterator[View]:
-        """A forward in each way that it can take, less those that end in an error of its own.
+    def _views(self, module: nn.Module, concrete: Mapping[str, Any] | None, ended: list[Exception]) -> Iterator[View]:
+        """A forward in each way that it can take, less those that end in an error of its own, which goes into a list.
 
         Raises:
             TraceError: There are too many.
@@ -144,10 +151,11 @@ class Reading:
         for way in ways:
             branches = Branches(way)
             try:
-                yield View(module, frozenset(self._opaque), concrete, branches)
+                yield View(module, frozenset(self._opaque), concrete, branches, self._helpers)
             except Exception as error:
                 if not _is_raised(error):
                     raise
+                ended.append(error)
             ways += [(*branches.taken[:place], True) for place in range(len(way), len(branches.taken))]
             if len(ways) > _MOST_WAYS:
                 raise TraceError(f"its forward branches in more than {_MOST_WAYS} ways on its input's values")
@@ -182,7 +190,7 @@ def _defaults(kind: type[nn.Module]) -> Iterator[dict[str, Any] | None]:
 
 def _is_raised(error: Exception) -> bool:
     """Whether a forward's own `raise` or `assert` ended it, as it would have ended a call: no failure of the trace."""
-    trace = error.__traceback__
+    trace = None if isinstance(error, TraceError) else error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None or trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "torch":

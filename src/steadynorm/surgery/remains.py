@@ -1,4 +1,4 @@
-"""What stands in a folded model where a batch norm stood: nothing, its activation, or a padding by its zero."""
+"""What stands in a folded model where a batch norm stood: nothing, its activation, a padding by its zero, or a zero."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from steadynorm.activations import Activation
 from steadynorm.errors import ShapeError
 from steadynorm.nn.tracing import is_proxy
 
-__all__ = ["ChannelPad", "Remainder"]
+__all__ = ["Absent", "ChannelPad", "Remainder"]
 
 
 class Remainder(nn.Module):
@@ -79,3 +79,25 @@ class ChannelPad(nn.Module):
     def extra_repr(self) -> str:
         """Channels and padding."""
         return f"{self.value.numel()}, padding={self.padding}"
+
+
+class Absent(nn.Module):
+    """In the place of a branch that another one has taken over: a zero without axes, which any sum takes.
+
+    Args:
+        zero: The tensor to give back; no part of the state_dict.
+
+    Example:
+        >>> Absent(torch.zeros(()))(torch.ones(2, 3))
+        tensor(0.)
+    """
+
+    zero: Tensor
+
+    def __init__(self, zero: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("zero", zero, persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Nothing of the input."""
+        return self.zero

@@ -7,7 +7,7 @@ import operator
 import random
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -15,10 +15,9 @@ from torch import fx, nn
 from steadynorm.surgery.absorbed import residual_for
 from steadynorm.surgery.pairing import ModuleOf, Pair, pair_at
 from steadynorm.surgery.patterns import Left
+from steadynorm.surgery.tracing import INPLACE, InplaceProxy
 
 __all__ = ["Code", "LeftOne", "Rewritten", "become", "rewritten"]
-
-_INPLACE: Final = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 
 class LeftOne(Left):
@@ -111,23 +110,6 @@ def become(module: nn.Module, code: Code) -> None:
         raise Left(f"the class of what holds it cannot be changed ({error})") from error
 
 
-class _Proxy(fx.Proxy):
-    """Keeps `a += b` what it is: torch's would record `a = a + b`, which leaves what else is called `a` as it was."""
-
-
-def _inplace(name: str) -> Callable[..., fx.Proxy]:
-    target = getattr(operator, name)
-
-    def method(self: fx.Proxy, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
-
-    return method
-
-
-for _name in _INPLACE:
-    setattr(_Proxy, f"__{_name}__", _inplace(_name))
-
-
 class _Tracer(fx.Tracer):
     """Goes into the modules that lie between the forward and its batch norms, and into no others."""
 
@@ -139,7 +121,7 @@ class _Tracer(fx.Tracer):
         return id(m) not in self.through
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return InplaceProxy(node, self)
 
 
 def rewritten(owner: nn.Module, norms: Iterable[nn.Module], through: Iterable[nn.Module]) -> Code:
@@ -243,7 +225,7 @@ def _changes(node: fx.Node, module_of: ModuleOf) -> bool:
         return bool(getattr(module, "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     written = name.endswith("_") and not name.endswith("__")
-    return written or name in _INPLACE or name == "setitem" or bool(node.kwargs.get("inplace", False))
+    return written or name in INPLACE or name == "setitem" or bool(node.kwargs.get("inplace", False))
 
 
 def _pair(graph: fx.Graph, norm: nn.Module, module_of: ModuleOf) -> Pair:
