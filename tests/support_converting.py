@@ -234,7 +234,8 @@ def step(model: nn.Module, x: Tensor, training: bool, optimizer: torch.optim.Opt
     model.train(training)
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = model(x)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype)
+    # The same numbers in every precision, which torch would draw otherwise.
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(y.dtype)
     optimizer = optimizer or torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1, momentum=0.9)
     optimizer.zero_grad()
     y.backward(upstream)
@@ -260,3 +261,26 @@ def assert_same(got: Step, expected: Step, tolerance: float = 1e-9):
 def near(got: Tensor, expected: Tensor, tolerance: float, least: float = 0.0, what: str = "output"):
     error, norm = (got - expected).norm().item(), max(expected.norm().item(), least)
     assert error <= tolerance * norm, f"{what}: off by {error:.3g} where the norm is {norm:.3g}"
+
+
+def in_single(model: nn.Module, x: Tensor, change: Callable[[nn.Module], nn.Module]) -> tuple[list[float], list[float]]:
+    """How far a changed model in float32 is from the definition in float64, and how far the unchanged one is.
+
+    Returns:
+        For each the errors of a training step's output and of its whole gradient, relative to their norms.
+    """
+    single = copy.deepcopy(model).float()
+
+    def seeded(one: nn.Module, x: Tensor) -> Step:
+        torch.manual_seed(3)  # some drop paths at random
+        return step(one, x, True)
+
+    exact = seeded(by_definition(model), x)
+
+    def errors(one: nn.Module) -> list[float]:
+        got = seeded(one, x.float())
+        grads = [torch.cat([g[name].double().flatten() for name in exact.grads]) for g in (got.grads, exact.grads)]
+        pairs = [(got.y.double(), exact.y), (grads[0], grads[1])]
+        return [((a - b).norm() / b.norm()).item() for a, b in pairs]
+
+    return errors(change(copy.deepcopy(single))), errors(single)
