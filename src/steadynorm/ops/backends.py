@@ -5,6 +5,8 @@ A backend is a module with the functions of `reference` that take no part in any
 bits each time.
 """
 
+import logging
+import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from steadynorm.errors import ArgumentError, MissingDependencyError
 from steadynorm.ops import reference
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
@@ -47,13 +50,39 @@ class Backend(Protocol):
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass, or a fake, may have no memory to read
 _CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _STANDING_FOR_PLAIN = _PLAIN | {FakeTensor, FunctionalTensor}
+_GPUS = frozenset({"cuda", "xpu"})
 _only_reference = False
+_log = logging.getLogger(__name__)
 
 
 @cache
 def _cpu() -> Backend:
     from steadynorm.ops.cpu import backend  # on first use: it brings Numba
 
+    return backend
+
+
+@cache
+def _gpu() -> Backend:
+    """What computes on a GPU: torch's own operations, or, where STEADYNORM_GPU asks for them, kernels in Triton.
+
+    Raises:
+        ArgumentError: The variable asks for something else.
+        MissingDependencyError: It asks for Triton, which is not installed.
+    """
+    asked = os.environ.get("STEADYNORM_GPU", "reference")
+    if asked == "reference":  # until the kernels have run on a GPU
+        _log.debug("Tensors on a GPU are computed by torch's own operations; STEADYNORM_GPU=triton asks for kernels.")
+        return reference
+    if asked != "triton":
+        raise ArgumentError(f"STEADYNORM_GPU must be reference or triton, got {asked!r}.")
+    try:
+        from steadynorm.ops.gpu import backend
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"STEADYNORM_GPU=triton needs Triton, which cannot be imported ({error}). torch's build for GPUs "
+            "brings it: install that, or unset the variable."
+        ) from error
     return backend
 
 
@@ -68,7 +97,9 @@ def committing() -> ModuleType:
 def backend_for(operands: Operands) -> Backend:
     """The backend for these tensors."""
     x, _, _, residual, _, _ = operands
-    if _only_reference or x.device.type != "cpu" or x.dtype not in _CPU_DTYPES or not x.numel():
+    if _only_reference or x.dtype not in _CPU_DTYPES or not x.numel():
+        return reference
+    if x.device.type != "cpu" and x.device.type not in _GPUS:
         return reference
     if residual is not None and residual.dtype not in _CPU_DTYPES:
         return reference
@@ -76,7 +107,7 @@ def backend_for(operands: Operands) -> Backend:
         return reference
     if not all(t is None or _is_memory(t) for t in operands):
         return reference
-    return _cpu()
+    return _cpu() if x.device.type == "cpu" else _gpu()
 
 
 def _is_memory(t: Tensor) -> bool:

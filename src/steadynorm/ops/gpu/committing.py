@@ -1,0 +1,96 @@
+"""Commit on the device: the running statistics move towards a batch's, and the host waits for nothing."""
+
+# What is fixed while a kernel is compiled is typed `constexpr`, and given as plain numbers.
+# pyright: reportMissingImports=false
+# pyright: reportArgumentType=false, reportUnnecessaryComparison=false, reportAttributeAccessIssue=false
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# pyright: reportIndexIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["commit"]
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _commit(
+    mean_ptr, var_ptr, tracked_ptr, rejected_ptr, table_ptr, refused_ptr, C,
+    momentum: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program. mean_ptr, var_ptr (C,); tracked_ptr, rejected_ptr one int64 each or None; table_ptr (3, C) float64.
+
+    refused_ptr is one int32: whether the batch was rejected. A first pass judges all channels, a second one writes.
+    """
+    small = 0
+    some = 0
+    not_finite = 0
+    for start in range(0, C, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        there = c < C
+        n = tl.load(table_ptr + c, mask=there, other=2.0)
+        mean = tl.load(table_ptr + C + c, mask=there, other=0.0).to(mean_ptr.dtype.element_ty).to(tl.float64)
+        m2 = tl.load(table_ptr + 2 * C + c, mask=there, other=0.0)
+        var = (m2 / tl.where(n >= 2, n - 1, 1.0)).to(var_ptr.dtype.element_ty).to(tl.float64)
+        finite = (tl.abs(mean) < float("inf")) & (tl.abs(var) < float("inf"))
+        small += tl.sum((there & ~(n >= 2)).to(tl.int32), 0)
+        some += tl.sum((there & (n > 0)).to(tl.int32), 0)
+        not_finite += tl.sum((there & ~finite).to(tl.int32), 0)
+    accepted = (small == 0) & (not_finite == 0)
+    refused = (small == 0) & (not_finite != 0)
+    if WEIGHTED:
+        refused = refused | ((small != 0) & (some != 0))
+    share = tl.full((1,), 1.0, tl.float64)
+    if momentum is None:  # noqa: SIM108 (only one of the two is compiled)
+        share = share / (tl.load(tracked_ptr) + 1)
+    else:
+        share = share * momentum
+    for start in range(0, C, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        write = (c < C) & accepted
+        n = tl.load(table_ptr + c, mask=write, other=2.0)
+        for_mean = tl.load(table_ptr + C + c, mask=write, other=0.0)
+        for_var = tl.load(table_ptr + 2 * C + c, mask=write, other=0.0) / (n - 1)
+        old_mean = tl.load(mean_ptr + c, mask=write, other=0.0).to(tl.float64)
+        old_var = tl.load(var_ptr + c, mask=write, other=0.0).to(tl.float64)
+        # By both shares, not by the difference: momentum 1 is then the batch's own, whatever was there.
+        new_mean = (1 - share) * old_mean + share * for_mean
+        new_var = (1 - share) * old_var + share * for_var
+        tl.store(mean_ptr + c, new_mean.to(mean_ptr.dtype.element_ty), mask=write)
+        tl.store(var_ptr + c, new_var.to(var_ptr.dtype.element_ty), mask=write)
+    if tracked_ptr is not None:
+        tl.store(tracked_ptr, tl.load(tracked_ptr) + accepted.to(tl.int64))
+    if rejected_ptr is not None:
+        tl.store(rejected_ptr, tl.load(rejected_ptr) + refused.to(tl.int64))
+    tl.store(refused_ptr, refused.to(tl.int32))
+
+
+def commit(
+    mean: Tensor,
+    var: Tensor,
+    tracked: Tensor | None,
+    rejected: Tensor | None,
+    table: Tensor,
+    momentum: float | None,
+    weighted: bool,
+) -> Tensor:
+    """As `ops.commit.commit`, by one kernel; returns whether the batch was rejected, a boolean on the device.
+
+    Args:
+        mean: (C,), contiguous; changed in place.
+        var: (C,), contiguous, unbiased; changed in place.
+        tracked: The number of batches committed, int64, changed in place; needed where momentum is None.
+        rejected: The number of batches rejected, int64, changed in place.
+        table: Count, mean and m2 of the batch, (3, C) float64.
+        momentum: The share of the batch, or None for 1 / (number of batches).
+        weighted: Whether 0 < n < 2 is a batch to reject, and not merely too small.
+    """
+    refused = torch.empty((), dtype=torch.int32, device=mean.device)
+    sizes = (mean.numel(), momentum, weighted, _BLOCK)
+    _commit[(1,)](mean, var, tracked, rejected, table, refused, *sizes)
+    return refused.bool()

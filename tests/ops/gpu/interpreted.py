@@ -1,0 +1,206 @@
+"""What `test_kernels` runs in a process where TRITON_INTERPRET=1."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+from steadynorm.activations import NAMES
+from steadynorm.ops.commit import Running, updated
+from steadynorm.ops.gpu import backend, committing
+from steadynorm.ops.reference import Gradients, Statistics
+from support import assert_close, laid_out
+from support_kernels import Step, expected, make, randn
+
+_empty_like, _new_empty = torch.empty_like, Tensor.new_empty
+
+
+def nan_like(x, **options):
+    return _empty_like(x, **options).fill_(float("nan"))
+
+
+def nan_new(x, size, **options):
+    memory = _new_empty(x, size, **options)
+    return memory.fill_(float("nan")) if memory.is_floating_point() else memory
+
+
+def run(step: Step) -> tuple[Tensor, Statistics, Gradients]:
+    """A step on the kernels, into memory full of NaN: what they leave out shows."""
+    operands, spec = step.arguments()
+    with patch.object(torch, "empty_like", nan_like), patch.object(Tensor, "new_empty", nan_new):
+        y, statistics = backend.train(operands, spec)
+        found = backend.backward(step.grad_y, step.grad_mean, step.grad_m2, operands, statistics, spec)
+    return y, statistics, found
+
+
+def check(step: Step, output_scale: float = 1.0) -> None:
+    """Both ways: kept on chip, where that can be, and split over two programs, each of several tiles."""
+    check_one(step, output_scale)
+    with patch.multiple(backend, _RESIDENT=0, _PARTS=2, _TILE=256):
+        check_one(step, output_scale)
+
+
+def check_one(step: Step, output_scale: float) -> None:
+    y, statistics, found = run(step)
+    right, dtype, root = expected(step), step.x.dtype, step.arguments()[1].layout.count ** 0.5
+    assert y.dtype == dtype
+    assert_close(statistics.count, right.count, "statistic", dtype)
+    assert_close(statistics.mean, right.mean, "statistic", dtype)
+    assert_close(statistics.m2, right.m2, "variance" if (right.m2 > 0).all() else "statistic", dtype)
+    assert_close(y / output_scale, right.y / output_scale, "output", dtype)
+    assert_close(found.x / output_scale, right.grad_x / output_scale, "gradient", dtype)
+    if step.gamma is not None:  # sums: their error is in units of the root of how many there are
+        assert_close(found.weight / root, right.grad_gamma / root, "gradient", dtype)
+    if step.beta is not None:
+        assert_close(found.bias / root, right.grad_beta / root, "gradient", dtype)
+    if step.residual is not None:
+        assert_close(found.residual, right.grad_residual, "gradient", dtype)
+
+
+SHAPES = {
+    "planes": (3, 4, 5, 7),
+    "a row is longer than a tile": (2, 2, 2100),
+    "more columns than a block": (37, 70),
+    "one channel": (4, 1, 3, 3),
+    "one position each": (5, 3, 1, 1),
+    "many rows": (2500, 3),
+    "channels not a power of two": (6, 12, 2, 2),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shapes(shape, layout):
+    step = make(shape, residual=randn(*shape, seed=4).float())
+    check(step._replace(x=laid_out(step.x, layout), grad_y=laid_out(step.grad_y, layout)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_dtypes(dtype, layout):
+    step = make((4, 3, 5, 5), dtype, residual=randn(4, 3, 5, 5, seed=4).to(dtype), activation="silu")
+    check(step._replace(x=laid_out(step.x, layout)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", [None, *NAMES])
+def test_activations(name, dtype):
+    check(make((4, 3, 5, 5), dtype, activation=name, residual=randn(4, 3, 5, 5, seed=4, std=3).to(dtype)))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 6), (24, 5)], ids=["planes", "columns"])
+@pytest.mark.parametrize("kind", ["weight", "mask", "both"])
+def test_weights_and_masks(kind, shape):
+    """What is masked holds NaN, which reaches nothing."""
+    positions = (shape[0], *shape[2:])
+    step = make(shape)
+    mask, weight = randn(*positions, seed=7) > -0.4, randn(*positions, seed=8).abs().float()
+    if kind != "weight":
+        x = torch.where(mask[:, None], step.x, float("nan"))
+        step = step._replace(x=x, mask=mask)
+    check(step if kind == "mask" else step._replace(weight=weight))
+
+
+def test_weights_that_are_all_zero():
+    step = make((4, 3, 6), weight=torch.zeros(4, 6))
+    y, statistics, found = run(step)
+    assert not statistics.count.any()
+    assert y.isfinite().all()
+    assert found.x.isfinite().all()
+
+
+def test_gradients_of_the_statistics():
+    check(make((4, 3, 6), grad_mean=randn(3, seed=5), grad_m2=randn(3, seed=6)))
+
+
+@pytest.mark.parametrize("affine", ["none", "gamma", "beta"])
+def test_without_parts_of_the_affine_map(affine):
+    step = make((4, 3, 6))
+    check(step._replace(gamma=step.gamma if affine == "gamma" else None, beta=step.beta if affine == "beta" else None))
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 20, 20), (1600, 2)], ids=["planes", "columns"])
+@pytest.mark.parametrize("mean", [1e4, 1e6, -1e6])
+def test_a_mean_far_from_zero(mean, shape):
+    """N(1e6, 1) in float32: the definition sees the rounded values, and so do the kernels."""
+    check(make(shape, activation=None)._replace(x=randn(*shape, mean=mean).float()))
+
+
+def test_a_constant_channel():
+    """The variance is 0, and what is left is beta."""
+    x = randn(4, 3, 6).float()
+    x[:, 1] = 7.3
+    check(make((4, 3, 6), activation=None)._replace(x=x), output_scale=300)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_channel(value):
+    x = randn(4, 3, 6).float()
+    x[2, 1, 3] = value
+    y, statistics, found = run(make((4, 3, 6))._replace(x=x))
+    assert not torch.isfinite(statistics.mean[1] + statistics.m2[1])
+    for t in (y, found.x):
+        assert t[:, [0, 2]].isfinite().all()
+        assert not t[:, 1].isfinite().all()
+
+
+def test_measure_and_normalize_apart_are_train():
+    operands, spec = make((4, 3, 6)).arguments()
+    with patch.object(backend, "_RESIDENT", 0):
+        y, statistics = backend.train(operands, spec)
+    measured = backend.measure(operands.x, None, spec.layout)
+    assert all(torch.equal(a, b) for a, b in zip(measured, statistics, strict=True))
+    assert torch.equal(backend.normalize_by(measured, operands, spec), y)
+
+
+def test_constant_statistics_pull_at_nothing():
+    step = make((4, 3, 6), activation=None)
+    operands, spec = step.arguments()
+    given = Statistics(torch.ones(3), torch.zeros(3), torch.full((3,), 4.0))
+    found = backend.backward(step.grad_y, None, None, operands, given, spec._replace(constant=True))
+    slope = step.gamma.double() / (4 + spec.eps) ** 0.5
+    assert_close(found.x, step.grad_y.double() * slope[:, None], "gradient")
+
+
+def test_other_ranks_pull_at_the_statistics_alone():
+    """Twice the same batch: each rank's sums double, and so does the count; own gradients stay."""
+    step = make((4, 3, 6))
+    operands, spec = step.arguments()
+    alone = backend.measure(operands.x, None, spec.layout)
+    both = Statistics(alone.count * 2, alone.mean, alone.m2 * 2)
+    found = backend.backward(step.grad_y, None, None, operands, both, spec, lambda sums: sums * 2)
+    right = expected(step)
+    assert_close(found.x, right.grad_x, "gradient")
+    assert_close(found.bias / 5, right.grad_beta / 5, "gradient")
+
+
+def batch(kind: str, channels: int) -> Statistics:
+    count, mean, m2 = torch.full((channels,), 9.0).double(), randn(channels), randn(channels, seed=1).abs() * 9
+    match kind:
+        case "not finite":
+            mean[-1] = float("nan")
+        case "too large for the buffer":
+            m2[0] = 1e300
+        case "too small" | "too small, weighted":
+            count.fill_(1.0)
+        case "empty":
+            count.zero_()
+    return Statistics(count, mean, m2)
+
+
+@pytest.mark.parametrize("channels", [3, 1030], ids=["one block", "two blocks"])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
+@pytest.mark.parametrize(
+    "kind", ["usual", "not finite", "too large for the buffer", "too small", "too small, weighted", "empty"]
+)
+def test_commit(kind, momentum, channels):
+    """Against the commit in torch's operations, which has tests of its own by the definition."""
+    statistics, weighted = batch(kind, channels), kind.endswith("weighted")
+    running = Running(randn(channels, seed=2).float(), 1 + randn(channels, seed=3).abs().float(), *torch.tensor([4, 2]))
+    right, refused = updated(running, statistics, momentum, weighted=weighted)
+    found = committing.commit(*running, torch.stack(statistics), momentum, weighted)
+    assert bool(found) == bool(refused)
+    assert_close(running.mean, right.mean, "statistic")
+    assert_close(running.var, right.var, "statistic")
+    assert running[2:] == right[2:]
