@@ -1,12 +1,16 @@
 """Small models in which batch norms are followed by activations and sums, with the number of those that can be fused,
 counted by hand."""
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+import steadynorm as sn
+from support_converting import assert_same, by_definition, step, stirred
 
 
 class Basic(nn.Module):
@@ -256,3 +260,18 @@ CASES = {
         lambda: nn.Sequential(nn.Conv3d(3, 4, 2), nn.BatchNorm3d(4), nn.Identity(), nn.ReLU6()), (3, 3, 4, 3, 4), 1, 1
     ),
 }  # fmt: skip
+
+
+def inputs(shape: tuple[int, ...] = IMAGE, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 + 1
+
+
+def reasons(model: nn.Module, **options) -> dict[str, str]:
+    """Why batch norms were left, by name; the fused model must compute what the model does."""
+    model = stirred(model).double()
+    fused = sn.fuse(model, **options)
+    if not options:
+        for training in (True, False):
+            definition = by_definition(model)
+            assert_same(step(copy.deepcopy(fused), inputs(), training), step(definition, inputs(), training))
+    return {layer.name: layer.how for layer in fused.fuse_report.layers if not layer.fused}

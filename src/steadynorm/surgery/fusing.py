@@ -13,6 +13,7 @@ from steadynorm.surgery.absorbed import Absorbed
 from steadynorm.surgery.conversion_report import ConversionReport
 from steadynorm.surgery.converting import convert_
 from steadynorm.surgery.fuse_report import FusedLayer, FuseReport
+from steadynorm.surgery.layers import hooked
 from steadynorm.surgery.matching import is_batch_norm
 from steadynorm.surgery.pairing import Pair, pair_at
 from steadynorm.surgery.patterns import Left, View
@@ -132,7 +133,7 @@ def _unshare(model: nn.Module) -> None:
     seen: set[int] = set()
     for parent in model.modules():
         for name, child in parent._modules.items():  # pyright: ignore[reportPrivateUsage]
-            if child is None or not _is_activation(child) or any("hooks" in k and v for k, v in vars(child).items()):
+            if child is None or not _is_activation(child) or hooked(child):
                 continue
             if id(child) in seen and type(parent).forward is nn.Sequential.forward:
                 parent._modules[name] = copy.deepcopy(child)  # pyright: ignore[reportPrivateUsage]
@@ -209,7 +210,7 @@ def _around(pair: Pair, reading: Reading, root: Root, view: View) -> _Plan:
     if "forward" in vars(owner):
         raise Left(f"the forward of {full[-1] or 'the model'} was replaced, on this one module")
     act = None if pair.act is None else view.module(pair.act)
-    if act is not None and any("hooks" in name and value for name, value in vars(act).items()):
+    if act is not None and hooked(act):
         raise Left(f"{reading.name(act)} has hooks")
     through = frozenset(f"{root.name}.{name}" if root.name else name for name in inner)
     return _Plan(pair.activation, pair.add is not None, None, full[-1], through)

@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 from steadynorm.nn.base import BatchNorm
 from steadynorm.surgery.normed import Normed
 
-__all__ = ["FOLDABLE", "has_matrix", "is_batchnorm", "is_foldable", "obstacle"]
+__all__ = ["FOLDABLE", "has_matrix", "hooked", "is_batchnorm", "is_foldable", "obstacle"]
 
 FOLDABLE: tuple[type[nn.Module], ...] = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
@@ -55,3 +55,8 @@ def obstacle(module: nn.Module) -> str | None:
     if weight is not None and not weight.is_floating_point():
         return f"has weights of {weight.dtype}"
     return None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether it has hooks of its own, of any kind."""
+    return any("hooks" in name and value for name, value in vars(module).items())

@@ -14,6 +14,7 @@ from steadynorm.errors import UnknownActivationError
 from steadynorm.nn.base import BatchNorm
 from steadynorm.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from steadynorm.ops.groups import GroupLike
+from steadynorm.surgery.layers import hooked
 from steadynorm.surgery.probing import objection
 from steadynorm.surgery.stand_ins import FrozenBatchNorm2d, SyncedBatchNorm
 
@@ -182,9 +183,9 @@ def _activation_of(layer: nn.Module) -> Activation | str | None:
     strange = sorted(set(children) - set(FUSED))
     if strange:
         return f"it has children that are not known here: {', '.join(strange)}"
-    hooked = [name for name, child in children.items() if _has_hooks(child)]
-    if hooked:
-        return f"its {hooked[0]} has hooks, which a fused activation would not call"
+    watched = [name for name, child in children.items() if hooked(child)]
+    if watched:
+        return f"its {watched[0]} has hooks, which a fused activation would not call"
     if type(children.get("drop", nn.Identity())) is not nn.Identity:
         return f"its drop ({type(children['drop']).__name__}) comes between the affine map and the activation"
     act = children.get("act")
@@ -195,10 +196,6 @@ def _activation_of(layer: nn.Module) -> Activation | str | None:
         if name in NAMES and not (act and act.state_dict()):  # others' modules of these names: they are tried out
             return Activation(name)
         return f"its activation ({type(children['act']).__name__}) is none that a layer of ours can apply"
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any("hooks" in name and value for name, value in vars(module).items())
 
 
 def _looks_frozen(module: nn.Module) -> bool:

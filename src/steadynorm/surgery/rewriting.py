@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from steadynorm.surgery.absorbed import residual_for
+from steadynorm.surgery.layers import hooked
 from steadynorm.surgery.pairing import ModuleOf, Pair, pair_at
 from steadynorm.surgery.patterns import Left
 from steadynorm.surgery.tracing import INPLACE, InplaceProxy
@@ -164,7 +165,7 @@ def rewritten(owner: nn.Module, norms: Iterable[nn.Module], through: Iterable[nn
 
 def _trace(owner: nn.Module, through: set[int]) -> fx.Graph:
     parts = [module for module in owner.modules() if module is owner or id(module) in through]
-    if any(_hooked(module) for module in parts if module is not owner):
+    if any(hooked(module) for module in parts if module is not owner):
         raise Left("hooks of what lies between would not be called any more")
     before = [_values(module) for module in parts]
     drawn = torch.get_rng_state(), random.getstate()
@@ -205,10 +206,6 @@ def _calls(graph: fx.Graph, optional: Mapping[str, object]) -> list[tuple[object
         return fx.map_arg(value, place.__getitem__)
 
     return [(node.op, node.target, placed(node.args), placed(node.kwargs)) for node in calls]
-
-
-def _hooked(module: nn.Module) -> bool:
-    return any("hooks" in name and value for name, value in vars(module).items())
 
 
 def _values(module: nn.Module) -> dict[str, int]:
