@@ -72,7 +72,7 @@ lock: ## write requirements.lock anew, from the newest versions that pyproject.t
 	$(VENV)-lock/bin/python -m pip install hatchling 'torch==$(TORCH)' -e '.[test,lint,docs]'
 	{ echo "# Exact versions for every extra, used as pip's constraints (pip install -c). Written by \`make lock\`."; \
 	  $(VENV)-lock/bin/python -m pip freeze --all --exclude-editable \
-	  | sed 's/+.*//' | grep -vE '^(nvidia-|cuda-|triton=|pip=)'; } > requirements.lock.new
+	  | sed 's/+.*//' | grep -vE '^(nvidia-|cuda-|pip=)'; } > requirements.lock.new
 	mv requirements.lock.new requirements.lock
 	rm -rf $(VENV)-lock
 

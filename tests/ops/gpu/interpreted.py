@@ -1,5 +1,7 @@
 """What `test_kernels` runs in a process where TRITON_INTERPRET=1."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from steadynorm.activations import NAMES
 from steadynorm.ops.commit import Running, updated
-from steadynorm.ops.gpu import backend, committing
+from steadynorm.ops.gpu import backend, blocks, committing
 from steadynorm.ops.reference import Gradients, Statistics
 from support import assert_close, laid_out
 from support_kernels import Step, expected, make, randn
@@ -37,8 +39,17 @@ def run(step: Step) -> tuple[Tensor, Statistics, Gradients]:
 def check(step: Step, output_scale: float = 1.0) -> None:
     """Both ways: kept on chip, where that can be, and split over two programs, each of several tiles."""
     check_one(step, output_scale)
-    with patch.multiple(backend, _RESIDENT=0, _PARTS=2, _TILE=256):
+    with split_over_two():
         check_one(step, output_scale)
+
+
+@contextmanager
+def split_over_two() -> Iterator[None]:
+    """Small tiles, and two programs to share a channel."""
+    blocks.blocks_of.cache_clear()
+    with patch.multiple(blocks, _RESIDENT=0, _MOST_PARTS=2, _TILE_BYTES=1024):
+        yield
+    blocks.blocks_of.cache_clear()
 
 
 def check_one(step: Step, output_scale: float) -> None:
@@ -147,7 +158,7 @@ def test_what_is_not_finite_stays_in_its_channel(value):
 
 def test_measure_and_normalize_apart_are_train():
     operands, spec = make((4, 3, 6)).arguments()
-    with patch.object(backend, "_RESIDENT", 0):
+    with patch.object(blocks, "_RESIDENT", 0):
         y, statistics = backend.train(operands, spec)
     measured = backend.measure(operands.x, None, spec.layout)
     assert all(torch.equal(a, b) for a, b in zip(measured, statistics, strict=True))

@@ -1,4 +1,14 @@
-"""What all kernels share: where a tile of positions x channels lies in memory, and one tile's arithmetic."""
+"""What all kernels share: where a tile of positions x channels lies in memory, and one tile's arithmetic.
+
+A tensor is N x C x S values: N rows of C channels of S adjacent positions each. Two ways to cut it into tiles of
+BLOCK_P positions and BLOCK_C channels:
+
+    columns   S = 1: BLOCK_P rows, BLOCK_C adjacent channels of each
+    planes    one channel (BLOCK_C = 1): BLOCK_P / BLOCK_S rows, BLOCK_S adjacent positions of each
+
+What lies adjacent is read 16 bytes at a time where UNIT, a power of two that divides C (columns) or S (planes), allows
+it. Tiles are counted along the positions of a channel; `per_row` of them lie side by side in a row.
+"""
 
 # pyright: reportMissingImports=false
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -13,86 +23,167 @@ from steadynorm.ops.gpu.elementary import derivative, value
 __all__ = [
     "affine",
     "by_channel",
+    "centre_of",
+    "invstd_of",
     "kept",
     "loaded",
-    "offsets",
+    "merged_sums",
+    "place",
+    "positions_before",
     "pre_activation",
     "slope_of",
-    "statistics_of",
     "weights_of",
     "z_of",
 ]
 
 
 @triton.jit
-def offsets(p, c, S, C, COLUMNS: tl.constexpr):
-    """Elements from the start to position p of channel c, (BLOCK_P, BLOCK_C), in 64 bits.
+def place(
+    t, c0, N, S, C, per_row,
+    COLUMNS: tl.constexpr, UNIT: tl.constexpr, LONG: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Where tile t of the channels from c0 on lies.
 
-    Columns are (P, C) with the channels fastest; planes are (P / S, C, S).
+    Returns:
+        The tile's first element, counted from the tensor's in 64 bits; its elements counted from there, (BLOCK_P,
+        BLOCK_C), in 32 bits unless LONG; which of them are there; the number of each position, (BLOCK_P,), 64 bits.
     """
-    if COLUMNS:  # noqa: SIM108 (only one of the two is compiled)
-        at = p[:, None] * C + c[None, :]
+    i = tl.arange(0, BLOCK_P)
+    if COLUMNS:
+        C = (C // UNIT) * UNIT  # what a compiler needs to be told
+        c = tl.arange(0, BLOCK_C)
+        first = t.to(tl.int64) * BLOCK_P
+        p = first + i
+        base = first * C + c0
+        lane = i[:, None] * C + c[None, :]
+        inside = (p < N)[:, None] & (c0 + c < C)[None, :]
     else:
-        at = ((p // S) * S * C + p % S)[:, None] + (c.to(tl.int64) * S)[None, :]
-    return at
+        S = (S // UNIT) * UNIT
+        row = (t // per_row) * (BLOCK_P // BLOCK_S)
+        start = (t % per_row) * BLOCK_S
+        r = i // BLOCK_S
+        s = i % BLOCK_S
+        p = (row + r).to(tl.int64) * S + start + s
+        base = (row.to(tl.int64) * C + c0) * S + start
+        if LONG:
+            r = r.to(tl.int64)
+        lane = (r * (C * S) + s)[:, None]
+        inside = ((row + r < N) & (start + s < S))[:, None]
+    return base, lane, inside, p
 
 
 @triton.jit
-def loaded(pointer, at, inside, WIDE: tl.constexpr):
-    """A tile in the computing dtype, 0 outside of the tensor."""
-    return tl.load(pointer + at, mask=inside, other=0.0).to(WIDE)
+def loaded(pointer, lane, inside, WIDE: tl.constexpr, LAST: tl.constexpr):
+    """A tile in the computing dtype, 0 outside of the tensor; LAST if nothing will read it again soon."""
+    if LAST:
+        tile = tl.load(pointer + lane, mask=inside, other=0.0, eviction_policy="evict_first")
+    else:
+        tile = tl.load(pointer + lane, mask=inside, other=0.0)
+    return tile.to(WIDE)
 
 
 @triton.jit
-def weights_of(weight_ptr, p, P, WIDE: tl.constexpr):
-    """How much each position counts, (BLOCK_P,); `weight_ptr` (P,) or None for 1 each; 0 outside."""
+def weights_of(weight_ptr, p, inside, WIDE: tl.constexpr):
+    """How much each element of a tile counts, 0 outside, and whether it does; `weight_ptr` (P,), or None for 1 each."""
+    some = inside
     if weight_ptr is None:
-        w = tl.where(p < P, 1.0, 0.0).to(WIDE)
+        w = tl.where(inside, 1.0, 0.0).to(WIDE)
     else:
-        w = tl.load(weight_ptr + p, mask=p < P, other=0.0).to(WIDE)
-    return w
+        w = tl.load(weight_ptr + p[:, None], mask=inside, other=0.0).to(WIDE)
+        some = inside & (w > 0)
+    return w, some
 
 
 @triton.jit
-def kept(valid_ptr, p, P, inside):
-    """Which elements of the tile are there and valid; `valid_ptr` (P,) uint8, or None for all."""
+def kept(valid_ptr, p, inside):
+    """Which elements of a tile are there and valid; `valid_ptr` (P,) uint8, or None for all."""
     if valid_ptr is not None:
-        inside = inside & (tl.load(valid_ptr + p, mask=p < P, other=0) != 0)[:, None]
+        inside = inside & (tl.load(valid_ptr + p[:, None], mask=inside, other=0) != 0)
     return inside
 
 
 @triton.jit
-def statistics_of(tile, w, origin):
-    """One tile's total weight n, a scalar, mean and m2, (BLOCK_C,), in float64, by two passes over values near 0.
+def origin_of(tile, some):
+    """A value of each channel that is finite, and a factor by which differences from it have squares that are finite.
 
-    `origin` (BLOCK_C,) is any value of the channel: what is taken from it has few digits, and sums up without loss.
+    What is taken from such a value has few digits, and sums up without loss. Any value of the channel will do: this is
+    the largest. (BLOCK_C,) each; 0 and 1 for a channel of which nothing counts; `some` says what does.
     """
-    some = w[:, None] > 0
-    near = tl.where(some, tile - origin[None, :], 0.0)
-    n = tl.sum(w, 0)
-    per_n = 1 / tl.where(n > 0, n, 1.0)
-    mean = tl.sum(near * w[:, None], 0) * per_n
-    centred = tl.where(some, near - mean[None, :], 0.0)
-    mean_left = tl.sum(centred * w[:, None], 0)  # the rounding of the mean (Chan 1983)
-    m2 = tl.sum(centred * centred * w[:, None], 0) - mean_left * mean_left * per_n
-    mean64 = origin.to(tl.float64) + mean.to(tl.float64) + (mean_left * per_n).to(tl.float64)
-    return n.to(tl.float64), mean64, m2.to(tl.float64)
+    high = tl.max(tl.where(some, tile, float("-inf")), 0)
+    low = tl.min(tl.where(some, tile, float("inf")), 0)
+    origin = tl.where(tl.abs(high) < float("inf"), high, 0.0)
+    large = tl.maximum(tl.abs(origin), tl.where(tl.abs(low) < float("inf"), tl.abs(low), 0.0))
+    return origin, tl.where(large > 1e15, 2.0**-64, 1.0).to(tile.dtype)
 
 
 @triton.jit
-def by_channel(table_ptr, c, C, eps, WIDE: tl.constexpr):
+def centre_of(tile, w, some):
+    """A number near the values of each channel in a tile: scale and shift, (BLOCK_C,), for x scale - shift.
+
+    x scale - shift is (x - centre) scale, rounded once, as the scale is a power of two: it keeps squares finite.
+    """
+    origin, scale = origin_of(tile, some)
+    near = tl.where(some, (tile - origin[None, :]) * scale[None, :], 0.0)
+    n = tl.sum(w, 0)
+    centre = origin * scale + tl.sum(w * near, 0) / tl.where(n > 0, n, 1.0)
+    return scale, tl.where(tl.abs(centre) < float("inf"), centre, 0.0)
+
+
+@triton.jit
+def positions_before(t, N, S, per_row, COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr):
+    """How many positions of a channel lie in the tiles before tile t."""
+    if COLUMNS:
+        count = tl.minimum(t.to(tl.int64) * BLOCK_P, N)
+    else:
+        above = tl.minimum((t // per_row).to(tl.int64) * (BLOCK_P // BLOCK_S), N)
+        beside = tl.minimum(N - above, BLOCK_P // BLOCK_S) * tl.minimum((t % per_row) * BLOCK_S, S)
+        count = above * S + beside
+    return count
+
+
+@triton.jit
+def merged_sums(n, sum_1, sum_2, scale, shift):
+    """Mean and m2, (BLOCK_C,) in float64, of n values x of which Σ (x scale - shift) and the sum of squares are given."""
+    back = 1 / scale.to(tl.float64)
+    per_n = 1 / tl.where(n > 0, n, 1.0)
+    sum_1 = sum_1.to(tl.float64)
+    m2 = sum_2.to(tl.float64) - sum_1 * sum_1 * per_n
+    mean = tl.where(n > 0, (shift.to(tl.float64) + sum_1 * per_n) * back, 0.0)
+    return mean, tl.where(m2 < 0, 0.0, m2) * back * back
+
+
+@triton.jit
+def by_channel(table_ptr, c, C, eps, eps_low, WIDE: tl.constexpr):
     """μ in two parts that sum up to it, 1 / sqrt(σ² + ε) and 1 / n (0 for n = 0), each (BLOCK_C,).
 
     `table_ptr` (3, C) float64: count, mean, m2.
     """
     there = c < C
-    n = tl.load(table_ptr + c, mask=there, other=0.0)
+    n = tl.load(table_ptr + c, mask=there, other=0.0).to(WIDE)
     mean = tl.load(table_ptr + C + c, mask=there, other=0.0)
     m2 = tl.load(table_ptr + 2 * C + c, mask=there, other=0.0)
     per_n = tl.where(n > 0, 1 / tl.where(n > 0, n, 1.0), 0.0)
-    invstd = 1 / tl.sqrt(m2 * per_n + eps)
+    invstd = invstd_of(m2 * per_n.to(tl.float64), eps, eps_low, WIDE)
     high = mean.to(WIDE)
-    return high, (mean - high.to(tl.float64)).to(WIDE), invstd.to(WIDE), per_n.to(WIDE)
+    return high, (mean - high.to(tl.float64)).to(WIDE), invstd, per_n
+
+
+@triton.jit
+def invstd_of(variance, eps, eps_low, WIDE: tl.constexpr):
+    """1 / sqrt(σ² + ε) of float64 numbers, rooted in WIDE: brought near 1 first where float32 cannot hold them.
+
+    ε is the sum of two numbers, as one alone is rounded to float32.
+    """
+    variance += tl.full((1,), eps, tl.float64) + tl.full((1,), eps_low, tl.float64)
+    if WIDE == tl.float64:
+        inverse = 1 / tl.sqrt(variance)
+    else:
+        up = tl.where(variance < 1e-30, 2.0**120, tl.where(variance > 1e30, 2.0**-120, 1.0))
+        root = tl.where(variance < 1e-30, 2.0**60, tl.where(variance > 1e30, 2.0**-60, 1.0))
+        rooted = tl.sqrt_rn((variance * up.to(tl.float64)).to(WIDE))
+        inverse = tl.div_rn(root.to(WIDE), rooted)
+    return inverse
 
 
 @triton.jit
@@ -108,11 +199,11 @@ def affine(gamma_ptr, beta_ptr, c, C, WIDE: tl.constexpr):
 
 
 @triton.jit
-def pre_activation(centred, scale, beta, residual_ptr, at, inside, WIDE: tl.constexpr):
+def pre_activation(centred, scale, beta, residual_ptr, base, lane, inside, WIDE: tl.constexpr, LAST: tl.constexpr):
     """γ z + β + residual; `residual_ptr` laid out as x, or None."""
     y = centred * scale[None, :] + beta[None, :]
     if residual_ptr is not None:
-        y += loaded(residual_ptr, at, inside, WIDE)
+        y += loaded(residual_ptr + base, lane, inside, WIDE, LAST)
     return y
 
 
