@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from steadynorm.ops import reference
-from steadynorm.ops.backends import backend_for, committing, only_reference
+from steadynorm.ops.backends import backend_for, cpu_committing, only_reference
 from steadynorm.ops.commit import recomputing
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Operands, Statistics, Train
+from steadynorm.ops.writable import committable
 from steadynorm.step import Settings, check_fit
 
 if TYPE_CHECKING:
@@ -82,16 +83,15 @@ def _belong(channels: int, mean: Tensor | None, var: Tensor | None) -> bool:
 def _remember(layer: "BatchNorm", mean: Tensor, table: Tensor) -> Tensor | bool:
     buffers = layer.__dict__["_buffers"]
     var, tracked, rejected = buffers["running_var"], buffers["num_batches_tracked"], buffers["_rejected"]
-    kernels = committing()
     if (
         "remember" in layer.__dict__
         or var is None
-        or not kernels.committable(mean, var, tracked, rejected, table, layer.momentum)
+        or not committable(mean, var, tracked, rejected, table, layer.momentum)
     ):
         return layer.remember(layer, None, Statistics(*table.unbind()), False)
     if recomputing():
         return False
-    return kernels.commit(mean, var, tracked, rejected, table, layer.momentum, weighted=False)
+    return cpu_committing().commit(mean, var, tracked, rejected, table, layer.momentum, weighted=False)
 
 
 def lay_shortcut(

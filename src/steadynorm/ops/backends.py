@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Protocol
@@ -23,7 +24,19 @@ from steadynorm.ops import reference
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
 
-__all__ = ["Backend", "backend_for", "committing", "may_have_kernels", "only_reference", "readable", "reference_only"]
+__all__ = [
+    "Backend",
+    "backend_for",
+    "committing",
+    "cpu_committing",
+    "gpu_kernels",
+    "into_a_graph",
+    "may_have_kernels",
+    "only_reference",
+    "readable",
+    "reference_only",
+    "writing_a_graph",
+]
 
 
 class Backend(Protocol):
@@ -48,10 +61,11 @@ class Backend(Protocol):
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass, or a fake, may have no memory to read
-_CPU_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _STANDING_FOR_PLAIN = _PLAIN | {FakeTensor, FunctionalTensor}
 _GPUS = frozenset({"cuda", "xpu"})
 _only_reference = False
+_into_a_graph: ContextVar[bool] = ContextVar("_into_a_graph", default=False)
 _log = logging.getLogger(__name__)
 
 
@@ -86,8 +100,40 @@ def _gpu() -> Backend:
     return backend
 
 
+def gpu_kernels(device: str) -> Backend | None:
+    """The backend of such a device where that is kernels for a GPU."""
+    found = _gpu() if device in _GPUS and not _only_reference else reference
+    return None if found is reference else found
+
+
+def committing(device: str) -> ModuleType | None:
+    """A kind of device's way to commit by a kernel, or None where torch's operations do it."""
+    if device == "cpu":
+        return cpu_committing()
+    if gpu_kernels(device) is not None:
+        from steadynorm.ops.gpu import committing
+
+        return committing
+    return None
+
+
+@contextmanager
+def into_a_graph() -> Generator[None]:
+    """Within this block the GPU's kernels are not run: a graph that is being traced holds each of them by itself."""
+    before = _into_a_graph.set(True)
+    try:
+        yield
+    finally:
+        _into_a_graph.reset(before)
+
+
+def writing_a_graph() -> bool:
+    """Whether an `into_a_graph` block is around."""
+    return _into_a_graph.get()
+
+
 @cache
-def committing() -> ModuleType:
+def cpu_committing() -> ModuleType:
     """The CPU's way to commit."""
     from steadynorm.ops.cpu import committing
 
@@ -97,11 +143,11 @@ def committing() -> ModuleType:
 def backend_for(operands: Operands) -> Backend:
     """The backend for these tensors."""
     x, _, _, residual, _, _ = operands
-    if _only_reference or x.dtype not in _CPU_DTYPES or not x.numel():
+    if _only_reference or x.dtype not in _DTYPES or not x.numel():
         return reference
     if x.device.type != "cpu" and x.device.type not in _GPUS:
         return reference
-    if residual is not None and residual.dtype not in _CPU_DTYPES:
+    if residual is not None and residual.dtype not in _DTYPES:
         return reference
     if torch._C._len_torch_dispatch_stack():  # pyright: ignore (a mode looks on, and cannot see what kernels do)
         return reference
@@ -127,7 +173,7 @@ def readable(gradient: Tensor) -> bool:
 def may_have_kernels(operands: Operands) -> bool:
     """Whether tensors such as these, of whatever size, are for kernels once they have memory: asked while tracing."""
     x = operands.x
-    if x.device.type != "cpu" or x.dtype not in _CPU_DTYPES:
+    if x.dtype not in _DTYPES or (x.device.type != "cpu" and gpu_kernels(x.device.type) is None):
         return False
     return all(t is None or (type(t) in _STANDING_FOR_PLAIN and t.layout is torch.strided) for t in operands)
 

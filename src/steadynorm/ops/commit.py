@@ -14,6 +14,8 @@ from steadynorm.errors import ArgumentError
 from steadynorm.ops.backends import committing, only_reference
 from steadynorm.ops.merging import merge
 from steadynorm.ops.reference import Statistics
+from steadynorm.ops.tables import as_table
+from steadynorm.ops.writable import committable
 
 __all__ = ["Running", "commit", "hold", "opaque", "recomputing", "updated"]
 
@@ -146,7 +148,18 @@ def _commit(running: Running, statistics: Statistics, momentum: float | None, we
     if recomputing():
         return False
     look = _host_may_look(statistics) and not _is_transformed(running.mean)
+    device = running.mean.device.type
+    if (look or device != "cpu") and _is_memory(running.mean) and _is_memory(statistics.mean) and not only_reference():
+        kernels = committing(device)
+        if kernels is not None and committable(*running, statistics.mean, momentum):
+            return kernels.commit(*running, as_table(statistics), momentum, weighted)
     return (_commit_now if look else _commit_queued)(running, statistics, momentum, weighted)
+
+
+def _is_memory(t: Tensor) -> bool:
+    """Whether this is memory, and what is done to it is not being traced: that must be torch's operations."""
+    traced = torch._C._get_tracing_state() is not None  # pyright: ignore
+    return not traced and type(t) is Tensor and not _is_transformed(t)
 
 
 def _commit_queued(running: Running, statistics: Statistics, momentum: float | None, weighted: bool) -> Tensor:
@@ -160,10 +173,6 @@ def _commit_queued(running: Running, statistics: Statistics, momentum: float | N
 
 def _commit_now(running: Running, statistics: Statistics, momentum: float | None, weighted: bool) -> bool:
     """The same where the host may look: on the CPU a branch costs less than computing both sides of it."""
-    traced = torch._C._get_tracing_state() is not None  # pyright: ignore (what is traced must be torch's operations)
-    if not (traced or only_reference()) and committing().committable(*running, statistics.mean, momentum):
-        table = torch.stack(statistics).double()
-        return committing().commit(*running, table, momentum, weighted)
     count = statistics.count[0].item() if statistics.count.numel() else 0.0  # weights are per position: all are equal
     if count < 2:
         if weighted and count > 0 and running.rejected is not None:

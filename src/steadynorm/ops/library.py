@@ -5,18 +5,30 @@
     steadynorm::train_backward   dL/dy, dL/dstatistics -> dL/dx, dL/dγ, dL/dβ, dL/dresidual
 
 Each is opaque, computed by the backend of the tensors that it meets when it runs, and its results are dense as
-`torch.empty_like(x)` is. Statistics are one tensor (3, C): count, mean and m2. Where they had to be known beforehand
-they are `given`, and still taken for functions of x: the derivative goes through them.
+`torch.empty_like(x)` is. On a GPU, where kernels in Triton compute it, a compiler sees these instead (as
+`torch.library.triton_op` does it), unless sizes are left open, which the kernels' blocks follow from.
+
+Statistics are one tensor (3, C): count, mean and m2. Where they had to be known beforehand they are `given`, and still
+taken for functions of x: the derivative goes through them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from steadynorm.activations import Activation
 from steadynorm.ops import reference
-from steadynorm.ops.backends import backend_for, may_have_kernels
+from steadynorm.ops.backends import (
+    Backend,
+    backend_for,
+    gpu_kernels,
+    into_a_graph,
+    may_have_kernels,
+    writing_a_graph,
+)
 from steadynorm.ops.layout import Layout, accumulator_dtype
 from steadynorm.ops.reference import Operands, Statistics, Train
 
@@ -67,8 +79,14 @@ def _read(x: Tensor, dim: int, eps: float, activation: str | None, parameters: l
     return Train(Layout.of(x, dim), eps, None if activation is None else Activation(activation, tuple(parameters)))
 
 
+def _backend(operands: Operands) -> Backend:
+    """What computes; while a graph is traced, kernels that it will hold."""
+    kernels = gpu_kernels(operands.x.device.type) if writing_a_graph() else None
+    return kernels or backend_for(operands)
+
+
 def _measure(x: Tensor, position_weight: Tensor | None, dim: int) -> Tensor:
-    backend = backend_for(Operands(x, position_weight=position_weight))
+    backend = _backend(Operands(x, position_weight=position_weight))
     return torch.stack(backend.measure(x, position_weight, Layout.of(x, dim)))
 
 
@@ -87,7 +105,7 @@ def _train(
     *settings: Any,
 ) -> tuple[Tensor, Tensor]:
     operands, spec = Operands(x, weight, bias, residual, position_weight, valid), _read(x, *settings)
-    backend = backend_for(operands)
+    backend = _backend(operands)
     if given is None:
         y, statistics = backend.train(operands, spec)
     else:
@@ -114,7 +132,7 @@ def _train_backward(
 ) -> _Tensors:
     operands, spec = Operands(x, weight, bias, residual, position_weight, valid), _read(x, *settings)
     _, grad_mean, grad_m2 = (None, None, None) if grad_statistics is None else grad_statistics.unbind()
-    found = backend_for(operands).backward(grad_y, grad_mean, grad_m2, operands, Statistics(*statistics.unbind()), spec)
+    found = _backend(operands).backward(grad_y, grad_mean, grad_m2, operands, Statistics(*statistics.unbind()), spec)
     grad_x, grad_weight, grad_bias, grad_residual = (x.new_empty(0) if t is None else t for t in found)
     if residual is not None:
         grad_residual = _dense_as(x, grad_residual)
@@ -206,6 +224,20 @@ def _derivatives(
     return [None if t is None else next(found, None) for t in inputs]
 
 
+def _seen_through(op: Callable[..., Any]) -> Callable[..., Any]:
+    """What functionalization, the step of a compiler that takes operators apart, makes of one of ours."""
+
+    def decompose(mode: Any, operator: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = [t for t in args if isinstance(t, Tensor)]
+        left_open = any(isinstance(size, torch.SymInt) for t in tensors for size in t.shape)
+        if left_open or gpu_kernels(tensors[0].device.type) is None:
+            return mode.__torch_dispatch__(operator, types, args, kwargs)
+        with mode, into_a_graph():
+            return op(*args, **kwargs)
+
+    return decompose
+
+
 _OPERANDS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? position_weight, Tensor? valid"
 _SETTINGS = "int channel_dim, float eps, str? activation, float[] parameters"
 _library = torch.library.Library("steadynorm", "FRAGMENT")
@@ -224,6 +256,9 @@ for _schema, _op, _without_data in (
     _library.define(_schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
     _library.impl(_name, _op, "CompositeExplicitAutograd")
     torch.library.register_fake(f"steadynorm::{_name}", _without_data, lib=_library)
+    torch.library.register_torch_dispatch(
+        f"steadynorm::{_name}", FunctionalTensorMode, _seen_through(_op), lib=_library
+    )
 for _name, _derivative, _setup in (
     ("train", _first_derivative, _keep),
     ("train_backward", _second_derivative, _keep_all),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from steadynorm.ops.cpu.committing import commit, committable
+from steadynorm.ops.cpu.committing import commit
+from steadynorm.ops.writable import committable
 from support import Stats, stats, wide
 from support_kernels import randn
 
@@ -264,6 +265,7 @@ UNSUITABLE = {
     "mean elsewhere": {"mean": PLAIN["mean"].to("meta")},
     "var elsewhere": {"var": PLAIN["var"].to("meta")},
     "both elsewhere": {"mean": PLAIN["mean"].to("meta"), "var": PLAIN["var"].to("meta")},
+    "counters elsewhere": {"tracked": PLAIN["tracked"].to("meta"), "rejected": PLAIN["rejected"].to("meta")},
     "table elsewhere": {"table": PLAIN["table"].to("meta")},
     "mean of another size": {"mean": torch.zeros(CHANNELS - 1)},
     "var of another size": {"var": torch.ones(CHANNELS + 1)},

@@ -133,7 +133,8 @@ def main() -> None:
             seen.add(launch.name)
             if "-v" in sys.argv:
                 print(what)
-            if '-v' in sys.argv: continue
+            if "-v" in sys.argv:
+                continue
             assert found.spilled == 0, what
             if launch.name.startswith(("split", "resident")) and not everything:
                 assert found.loads == 16, what

@@ -77,6 +77,8 @@ SHAPES = {
     "one position each": (5, 3, 1, 1),
     "many rows": (2500, 3),
     "channels not a power of two": (6, 12, 2, 2),
+    "rows that end within a tile": (5, 2, 300),
+    "more images than fit beside each other": (70, 2, 6),
 }
 
 
@@ -136,6 +138,46 @@ def test_without_parts_of_the_affine_map(affine):
 def test_a_mean_far_from_zero(mean, shape):
     """N(1e6, 1) in float32: the definition sees the rounded values, and so do the kernels."""
     check(make(shape, activation=None)._replace(x=randn(*shape, mean=mean).float()))
+
+
+def sorted_images(x):
+    """Rows that differ more among each other than within: the first tile's mean is far from the others'."""
+    return x + 100 * torch.arange(len(x)).reshape(-1, *(1,) * (x.dim() - 1))
+
+
+def one_outlier(x):
+    x[(0,) * x.dim()] = 3e4
+    return x
+
+
+@pytest.mark.parametrize("shape", [(40, 2, 7, 9), (2000, 2)], ids=["planes", "columns"])
+@pytest.mark.parametrize("data", [sorted_images, one_outlier, lambda x: x * 1e30])
+def test_data_that_sums_in_float32_are_bad_at(data, shape):
+    x = data(randn(*shape)).float()
+    operands, spec = Step(x).arguments()
+    with split_over_two():
+        y, statistics = backend.train(operands, spec)
+    right = expected(Step(x))
+    assert_close(statistics.m2, right.m2, "variance", torch.float32)
+    assert_close(y, right.y, "output")
+
+
+@pytest.mark.parametrize("shape", [(40, 2, 9), (900, 2)], ids=["planes", "columns"])
+def test_nothing_counts_at_first(shape):
+    """Weights begin with zeros, as where short sequences come first; the values far from zero come later."""
+    weight = torch.zeros(shape[0], *shape[2:])
+    weight[shape[0] // 3 :] = 0.5
+    check(make(shape, activation=None, weight=weight)._replace(x=randn(*shape, mean=1e5).float()))
+
+
+def test_eps_in_full():
+    """A kernel is given numbers of float32, in which 1e-5 is off by 2e-8 of itself."""
+    check(make((4, 3, 6), torch.float64, eps=1e-5)._replace(x=randn(4, 3, 6) * 1e-3))
+
+
+def test_offsets_of_64_bits():
+    with patch.object(blocks, "_FAR", 0):
+        check(make((4, 3, 5, 5)))
 
 
 def test_a_constant_channel():
@@ -215,3 +257,4 @@ def test_commit(kind, momentum, channels):
     assert_close(running.mean, right.mean, "statistic")
     assert_close(running.var, right.var, "statistic")
     assert running[2:] == right[2:]
+    assert (running.mean._version, running.var._version) == (1, 1)

@@ -14,41 +14,9 @@ from steadynorm.ops.cpu.call import KINDS, Call, Kinds
 from steadynorm.ops.cpu.kernel import Kernel
 from steadynorm.ops.cpu.memory import array_at, narrow
 
-__all__ = ["commit", "committable"]
+__all__ = ["commit"]
 
 _GREATEST = {torch.float32: torch.finfo(torch.float32).max, torch.float64: torch.finfo(torch.float64).max}
-
-
-def committable(
-    mean: Tensor,
-    var: Tensor,
-    tracked: Tensor | None,
-    rejected: Tensor | None,
-    table: Tensor,
-    momentum: float | None,
-) -> bool:
-    """Whether buffers and statistics are memory that the kernel can write and read."""
-    return (
-        (tracked is not None if momentum is None else momentum >= 0)
-        and mean.dtype in _GREATEST
-        and mean.dtype == var.dtype
-        and type(mean) is Tensor
-        and type(var) is Tensor
-        and mean.is_cpu
-        and var.is_cpu
-        and table.is_cpu
-        and mean.numel() == var.numel() == table.shape[-1]
-        and mean.is_contiguous()
-        and var.is_contiguous()
-        and not (mean.is_neg() or var.is_neg())
-        and (torch.is_inference_mode_enabled() or not (mean.is_inference() or var.is_inference()))
-        and (tracked is None or _is_counter(tracked))
-        and (rejected is None or _is_counter(rejected))
-    )
-
-
-def _is_counter(t: Tensor) -> bool:
-    return t.dtype == torch.int64 and t.is_cpu and t.numel() == 1 and type(t) is Tensor
 
 
 def _commit(pointer):  # pragma: no cover

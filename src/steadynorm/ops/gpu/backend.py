@@ -7,10 +7,7 @@ No value is read by the host, so that a CUDA graph can hold all of it.
 # pyright: reportArgumentType=false, reportUnnecessaryComparison=false, reportAttributeAccessIssue=false
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
-import math
-import struct
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -19,10 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from steadynorm.ops import reference
+from steadynorm.ops.backends import readable, writing_a_graph
 from steadynorm.ops.gpu import gathering, resident, split
-from steadynorm.ops.gpu.blocks import Blocks, cut, parts_of_a_gathering
+from steadynorm.ops.gpu.blocks import Blocks, cut
+from steadynorm.ops.gpu.launching import launch, on_its_device, two_parts
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
+from steadynorm.ops.tables import as_table
 
 __all__ = ["backward", "measure", "normalize_by", "train"]
 
@@ -39,35 +39,6 @@ def _by_position(t: Tensor | None, x: Tensor, layout: Layout) -> Tensor | None:
     sizes = [1 if d == layout.dim else size for d, size in enumerate(x.shape)]
     flat = t.detach().expand(sizes).reshape(-1)
     return flat.view(torch.uint8) if flat.dtype == torch.bool else flat
-
-
-def _two_parts(number: float) -> tuple[float, float]:
-    """Two numbers of float32 that sum up to it, to float64's accuracy: a kernel is given no other."""
-    high = struct.unpack("f", struct.pack("f", number))[0]
-    return high, number - high if math.isfinite(high) else 0.0
-
-
-def _table(statistics: Statistics) -> Tensor:
-    """Count, mean and m2 as one tensor (3, C) of float64: as it lies, where they are a table's rows."""
-    count, mean, m2 = statistics
-    channels, start = count.numel(), count.storage_offset()
-    rows = [
-        t.dtype == torch.float64
-        and t.is_contiguous()
-        and t.storage_offset() == start + row * channels
-        and t.untyped_storage()._cdata == count.untyped_storage()._cdata  # pyright: ignore
-        for row, t in enumerate(statistics)
-    ]
-    if all(rows):
-        return count.as_strided((3, channels), (channels, 1))
-    return torch.stack([count.double(), mean.double(), m2.double()])
-
-
-def _on_its_device(t: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, whatever the tensors are on."""
-    if t.device.type == "cpu":  # in Triton's interpreter
-        return nullcontext()
-    return torch.get_device_module(t.device).device(t.device)
 
 
 class _Step:
@@ -92,7 +63,7 @@ class _Step:
     @cached_property
     def eps(self) -> tuple[float, float]:
         """ε, in two parts."""
-        return _two_parts(self.spec.eps)
+        return two_parts(self.spec.eps)
 
     def options(self, blocks: Blocks) -> dict[str, Any]:
         """What a kernel that only measures is compiled for."""
@@ -120,28 +91,27 @@ class _Step:
             return self.normalize(table), table
         table, y = self.new(3, cut.channels), torch.empty_like(self.x)
         operands = (self.x, self.residual, self.gamma, self.beta, self.weight, self.valid, table, y)
-        resident.forward[(cut.across,)](*operands, *cut.sizes, *self.eps, **self.fused(cut))
+        launch(resident.forward, cut.across, *operands, *cut.sizes, *self.eps, **self.fused(cut))
         return self.returned(y), table
 
     def measure(self) -> Tensor:
         """The statistics, (3, C)."""
         cut = self.blocks
         partial = self.new(cut.parts, 3, cut.channels)
-        grid = (cut.parts * cut.across,)
-        split.measure[grid](self.x, self.weight, partial, *cut.sizes, cut.steps, **self.options(cut))
+        operands = (self.x, self.weight, partial)
+        launch(split.measure, cut.splitting, *operands, *cut.sizes, cut.steps, **self.options(cut))
         if cut.parts == 1:
             return partial[0]
-        table, size = self.new(3, cut.channels), parts_of_a_gathering(cut.parts)
-        grid = (-(-cut.channels // size["BLOCK_C"]),)
-        gathering.statistics[grid](partial, table, cut.channels, cut.parts, **size)
+        table = self.new(3, cut.channels)
+        programs, size = cut.gathering
+        launch(gathering.statistics, programs, partial, table, cut.channels, cut.parts, **size)
         return table
 
     def normalize(self, table: Tensor) -> Tensor:
         """y by the statistics in `table`."""
         cut, y = self.blocks, torch.empty_like(self.x)
         operands = (self.x, self.residual, self.gamma, self.beta, self.valid, table, y)
-        grid = (-(-cut.tiles // cut.runs) * cut.across,)
-        split.normalize[grid](*operands, *cut.sizes, cut.runs, *self.eps, **self.fused(cut))
+        launch(split.normalize, cut.elementwise, *operands, *cut.sizes, cut.runs, *self.eps, **self.fused(cut))
         return self.returned(y)
 
     def for_affine(self) -> list[Tensor | None]:
@@ -150,23 +120,22 @@ class _Step:
 
     def at_once(self, grad_y: Tensor, table: Tensor, cut: Blocks) -> Gradients:
         """All gradients, where all positions of a channel fit on chip."""
-        grad_x, affine = torch.empty_like(self.x), self.for_affine()
+        grad_x, (grad_gamma, grad_beta) = torch.empty_like(self.x), self.for_affine()
         to_residual = None if self.residual is None else torch.empty_like(self.residual)
         operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.weight, self.valid, table)
-        found = (*affine, grad_x, to_residual)
-        resident.backward[(cut.across,)](*operands, *found, *cut.sizes, *self.eps, **self.fused(cut))
-        return Gradients(self.returned(grad_x), *affine, None if to_residual is None else self.returned(to_residual))
+        found = (grad_gamma, grad_beta, grad_x, to_residual)
+        launch(resident.backward, cut.across, *operands, *found, *cut.sizes, *self.eps, **self.fused(cut))
+        to_residual = None if to_residual is None else self.returned(to_residual)
+        return Gradients(self.returned(grad_x), grad_gamma, grad_beta, to_residual)
 
     def sums(self, grad_y: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """Σ g and Σ g z, (2, C), and dL/dγ and dL/dβ."""
         cut, affine = self.blocks, self.for_affine()
         partial, sums = self.new(cut.parts, 2, cut.channels), self.new(2, cut.channels)
         operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.valid, table, partial)
-        grid = (cut.parts * cut.across,)
-        split.reduce[grid](*operands, *cut.sizes, cut.steps, *self.eps, **self.fused(cut))
-        size = parts_of_a_gathering(cut.parts)
-        grid = (-(-cut.channels // size["BLOCK_C"]),)
-        gathering.gradients[grid](partial, sums, *affine, cut.channels, cut.parts, **size)
+        launch(split.reduce, cut.splitting, *operands, *cut.sizes, cut.steps, *self.eps, **self.fused(cut))
+        programs, size = cut.gathering
+        launch(gathering.gradients, programs, partial, sums, *affine, cut.channels, cut.parts, **size)
         return sums, affine
 
     def gradients(
@@ -176,28 +145,28 @@ class _Step:
         cut, grad_x = self.blocks, torch.empty_like(self.x)
         to_residual = None if self.residual is None else torch.empty_like(self.residual)
         operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.weight, self.valid, table, sums, moments)
-        grid = (-(-cut.tiles // cut.runs) * cut.across,)
-        split.gradient[grid](*operands, grad_x, to_residual, *cut.sizes, cut.runs, *self.eps, **self.fused(cut))
+        operands = (*operands, grad_x, to_residual)
+        launch(split.gradient, cut.elementwise, *operands, *cut.sizes, cut.runs, *self.eps, **self.fused(cut))
         return self.returned(grad_x), None if to_residual is None else self.returned(to_residual)
 
 
 def measure(x: Tensor, weight: Tensor | None, layout: Layout) -> Statistics:
     """As `reference.measure`."""
-    with _on_its_device(x):
+    with on_its_device(x):
         return Statistics(*_Step(Operands(x, position_weight=weight), Train(layout, 0.0, None)).measure().unbind())
 
 
 def train(operands: Operands, spec: Train) -> tuple[Tensor, Statistics]:
     """As `reference.train`."""
-    with _on_its_device(operands.x):
+    with on_its_device(operands.x):
         y, table = _Step(operands, spec).forward()
     return y, Statistics(*table.unbind())
 
 
 def normalize_by(statistics: Statistics, operands: Operands, spec: Train) -> Tensor:
     """As `reference.normalize_by`."""
-    with _on_its_device(operands.x):
-        return _Step(operands, spec).normalize(_table(statistics))
+    with on_its_device(operands.x):
+        return _Step(operands, spec).normalize(as_table(statistics))
 
 
 def backward(
@@ -210,9 +179,9 @@ def backward(
     over_ranks: Callable[[Tensor], Tensor] | None = None,
 ) -> Gradients:
     """As `reference.backward`."""
-    if grad_y is None or type(grad_y) is not Tensor or not torch._C._has_storage(grad_y):  # pyright: ignore
+    if grad_y is None or not (writing_a_graph() or readable(grad_y)):
         return reference.backward(grad_y, grad_mean, grad_m2, operands, statistics, spec, over_ranks)
-    with _on_its_device(operands.x):
+    with on_its_device(operands.x):
         return _backward(grad_y, (grad_mean, grad_m2), operands, statistics, spec, over_ranks)
 
 
@@ -225,14 +194,14 @@ def _backward(
     over_ranks: Callable[[Tensor], Tensor] | None,
 ) -> Gradients:
     step = _Step(operands, spec)
-    table, grad_y = _table(statistics), _like(grad_y, step.x)
+    table, grad_y = as_table(statistics), _like(grad_y, step.x)
     by_moments = over_ranks is not None or any(t is not None for t in grad_moments)
     if step.whole is not None and not spec.constant and not by_moments:
         return step.at_once(grad_y, table, step.whole)
     if spec.constant and step.gamma is None and step.beta is None and not by_moments:
-        pulls, affine = None, [None, None]
+        pulls, (grad_gamma, grad_beta) = None, (None, None)
     else:
-        pulls, affine = step.sums(grad_y, table)
+        pulls, (grad_gamma, grad_beta) = step.sums(grad_y, table)
     moments = None
     if by_moments and pulls is not None:
         zero = torch.zeros_like(table[0])
@@ -240,4 +209,4 @@ def _backward(
         if over_ranks is not None:
             pulls, moments = over_ranks(torch.cat([pulls, moments])).split(2)
     grad_x, grad_residual = step.gradients(grad_y, table, None if spec.constant else pulls, moments)
-    return Gradients(grad_x, *affine, grad_residual)
+    return Gradients(grad_x, grad_gamma, grad_beta, grad_residual)

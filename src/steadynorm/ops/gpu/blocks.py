@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steadynorm.ops.layout import Layout
 
-__all__ = ["Blocks", "blocks_of", "cut", "parts_of_a_gathering"]
+__all__ = ["Blocks", "blocks_of", "cut"]
 
 _TILE_BYTES = 8192  # of x that a program reads at once: 16 values of float32 per thread of 4 warps
 _RESIDENT = 32768  # bytes, in the dtype computed in, that a program keeps on chip of a channel
@@ -24,6 +24,7 @@ _PER_THREAD = 64  # bytes of a tile in the dtype computed in
 _UNITS = (16, 4)
 _PARTS = (32, 128, _MOST_PARTS)
 _SMALL_TILE = 256
+_FAR = 2**31  # elements, from where on 32 bits do not count them
 
 
 def _over(n: int, block: int) -> int:
@@ -83,6 +84,23 @@ class Blocks(NamedTuple):
         return max(1, min(_LONGEST_RUN, self.tiles * self.across // (2 * _PROGRAMS)))
 
     @property
+    def splitting(self) -> int:
+        """Programs of a splitting kernel."""
+        return self.parts * self.across
+
+    @property
+    def elementwise(self) -> int:
+        """Programs of an elementwise kernel."""
+        return _over(self.tiles, self.runs) * self.across
+
+    @property
+    def gathering(self) -> tuple[int, dict[str, int]]:
+        """Programs of a kernel that gathers what the parts have found, and what it is compiled for: 4096 numbers."""
+        most = next(n for n in _PARTS if n >= self.parts)
+        block_c = 4096 // most
+        return _over(self.channels, block_c), {"PARTS": most, "BLOCK_C": block_c, "num_warps": 8}
+
+    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """What every kernel over tiles is told: N, S, C and the tiles per row."""
         return self.rows, self.adjacent, self.channels, self.per_row
@@ -95,7 +113,7 @@ class Blocks(NamedTuple):
         reach = self.block_p // self.block_s * self.channels * self.adjacent
         sizes = {"BLOCK_P": self.block_p, "BLOCK_S": self.block_s, "BLOCK_C": self.block_c}
         warps = min(16, max(1, self.block_p * self.block_c * self.wide // (32 * _PER_THREAD)))
-        return {"COLUMNS": self.columns, "UNIT": unit, "LONG": reach >= 2**31, **sizes, "num_warps": warps}
+        return {"COLUMNS": self.columns, "UNIT": unit, "LONG": reach >= _FAR, **sizes, "num_warps": warps}
 
     def resident(self) -> "Blocks | None":
         """Cut so that one tile holds all positions of a channel, where a program can keep them; else None."""
@@ -139,9 +157,3 @@ def _side(adjacent: int, tile: int) -> int:
     sides = [side for side in (2048, 1024, 512, 256, 128) if side <= min(whole, tile)]
     idle = {side: _over(adjacent, side) * side - adjacent for side in sides}
     return next((side for side in sides if idle[side] * 16 <= adjacent), min(sides, key=lambda side: idle[side]))
-
-
-def parts_of_a_gathering(parts: int) -> dict[str, int]:
-    """What a kernel that gathers so many parts is compiled for: 4096 numbers at a time."""
-    most = next(n for n in _PARTS if n >= parts)
-    return {"PARTS": most, "BLOCK_C": 4096 // most, "num_warps": 8}

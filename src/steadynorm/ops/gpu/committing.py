@@ -13,19 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from steadynorm.ops.gpu.launching import launch, on_its_device, two_parts
+
 __all__ = ["commit"]
 
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "momentum", "momentum_low"])
 def _commit(
-    mean_ptr, var_ptr, tracked_ptr, rejected_ptr, table_ptr, refused_ptr, C,
-    momentum: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
+    mean_ptr, var_ptr, tracked_ptr, rejected_ptr, table_ptr, refused_ptr, C, momentum, momentum_low,
+    CUMULATIVE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program. mean_ptr, var_ptr (C,); tracked_ptr, rejected_ptr one int64 each or None; table_ptr (3, C) float64.
 
-    refused_ptr is one int32: whether the batch was rejected. A first pass judges all channels, a second one writes.
+    refused_ptr is one uint8: whether the batch was rejected. A first pass judges all channels, a second one writes.
     """
     small = 0
     some = 0
@@ -45,11 +47,10 @@ def _commit(
     refused = (small == 0) & (not_finite != 0)
     if WEIGHTED:
         refused = refused | ((small != 0) & (some != 0))
-    share = tl.full((1,), 1.0, tl.float64)
-    if momentum is None:  # noqa: SIM108 (only one of the two is compiled)
-        share = share / (tl.load(tracked_ptr) + 1)
+    if CUMULATIVE:
+        share = tl.full((1,), 1.0, tl.float64) / (tl.load(tracked_ptr) + 1)
     else:
-        share = share * momentum
+        share = tl.full((1,), momentum, tl.float64) + tl.full((1,), momentum_low, tl.float64)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
         write = (c < C) & accepted
@@ -67,7 +68,7 @@ def _commit(
         tl.store(tracked_ptr, tl.load(tracked_ptr) + accepted.to(tl.int64))
     if rejected_ptr is not None:
         tl.store(rejected_ptr, tl.load(rejected_ptr) + refused.to(tl.int64))
-    tl.store(refused_ptr, refused.to(tl.int32))
+    tl.store(refused_ptr, refused.to(tl.uint8))
 
 
 def commit(
@@ -90,7 +91,12 @@ def commit(
         momentum: The share of the batch, or None for 1 / (number of batches).
         weighted: Whether 0 < n < 2 is a batch to reject, and not merely too small.
     """
-    refused = torch.empty((), dtype=torch.int32, device=mean.device)
-    sizes = (mean.numel(), momentum, weighted, _BLOCK)
-    _commit[(1,)](mean, var, tracked, rejected, table, refused, *sizes)
-    return refused.bool()
+    refused = torch.empty((), dtype=torch.uint8, device=mean.device)
+    with on_its_device(mean):
+        launch(
+            _commit, 1, mean, var, tracked, rejected, table, refused, mean.numel(), *two_parts(momentum or 0.0),
+            CUMULATIVE=momentum is None, WEIGHTED=weighted, BLOCK=_BLOCK,
+        )  # fmt: skip
+    if not mean.is_inference():
+        torch._C._increment_version((mean, var))  # pyright: ignore
+    return refused.view(torch.bool)

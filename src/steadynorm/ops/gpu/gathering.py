@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# pyright: reportGeneralTypeIssues=false, reportConstantRedefinition=false
 
 import triton
 import triton.language as tl

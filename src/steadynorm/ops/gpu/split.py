@@ -10,6 +10,7 @@ The kernels that read x a second time begin at its end: what was read last may s
 # pyright: reportMissingImports=false
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# pyright: reportGeneralTypeIssues=false, reportConstantRedefinition=false
 
 import triton
 import triton.language as tl
@@ -103,9 +104,7 @@ def normalize(
     gamma, beta = affine(gamma_ptr, beta_ptr, c, C, WIDE)
     last = (program // blocks) * steps + steps - 1
     for step in tl.range(0, steps):
-        base, lane, inside, p = place(
-            last - step, c0, N, S, C, per_row, COLUMNS, UNIT, LONG, BLOCK_P, BLOCK_S, BLOCK_C
-        )
+        base, lane, inside, p = place(last - step, c0, N, S, C, per_row, COLUMNS, UNIT, LONG, BLOCK_P, BLOCK_S, BLOCK_C)
         there = kept(valid_ptr, p, inside)
         centred = (loaded(x_ptr + base, lane, there, WIDE, True) - high[None, :]) - low[None, :]
         y = pre_activation(centred, invstd * gamma, beta, residual_ptr, base, lane, there, WIDE, True)
@@ -176,9 +175,7 @@ def gradient(
         slope -= 2 * tl.load(moments_ptr + C + c, mask=c < C, other=0.0).to(WIDE)
     last = (program // blocks) * steps + steps - 1
     for step in tl.range(0, steps):
-        base, lane, inside, p = place(
-            last - step, c0, N, S, C, per_row, COLUMNS, UNIT, LONG, BLOCK_P, BLOCK_S, BLOCK_C
-        )
+        base, lane, inside, p = place(last - step, c0, N, S, C, per_row, COLUMNS, UNIT, LONG, BLOCK_P, BLOCK_S, BLOCK_C)
         there = kept(valid_ptr, p, inside)
         x = loaded(x_ptr + base, lane, there, WIDE, True)
         g = loaded(grad_y_ptr + base, lane, there, WIDE, True)

@@ -13,6 +13,7 @@ it. Tiles are counted along the positions of a channel; `per_row` of them lie si
 # pyright: reportMissingImports=false
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# pyright: reportGeneralTypeIssues=false, reportConstantRedefinition=false
 # pyright: reportReturnType=false
 
 import triton
@@ -144,7 +145,7 @@ def positions_before(t, N, S, per_row, COLUMNS: tl.constexpr, BLOCK_P: tl.conste
 
 @triton.jit
 def merged_sums(n, sum_1, sum_2, scale, shift):
-    """Mean and m2, (BLOCK_C,) in float64, of n values x of which Σ (x scale - shift) and the sum of squares are given."""
+    """Mean and m2, (BLOCK_C,) in float64, of n values x, from Σ (x scale - shift) and the sum of its squares."""
     back = 1 / scale.to(tl.float64)
     per_n = 1 / tl.where(n > 0, n, 1.0)
     sum_1 = sum_1.to(tl.float64)
@@ -176,7 +177,7 @@ def invstd_of(variance, eps, eps_low, WIDE: tl.constexpr):
     ε is the sum of two numbers, as one alone is rounded to float32.
     """
     variance += tl.full((1,), eps, tl.float64) + tl.full((1,), eps_low, tl.float64)
-    if WIDE == tl.float64:
+    if tl.float64 == WIDE:
         inverse = 1 / tl.sqrt(variance)
     else:
         up = tl.where(variance < 1e-30, 2.0**120, tl.where(variance > 1e30, 2.0**-120, 1.0))
