@@ -10,12 +10,14 @@
     ├── DeviceError (ValueError)            tensors on different devices
     ├── DataError (ValueError)              a file or data set that cannot be read as asked
     ├── ModelError (ValueError)             a model, factory or saved model that cannot be used as asked
+    ├── BackendError (RuntimeError)         a backend asked for by name that computes wrongly here, or not at all
     ├── DistributedError (RuntimeError)     a collective failed: a rank has gone, or the groups do not match
     ├── RecomputationError (RuntimeError)   a forward run again that can no longer be what it was
     ├── TransformError (RuntimeError)       a torch.func transform that leaves nowhere to write statistics
     └── MissingDependencyError (ImportError)  an optional extra that is not installed
 
     SteadynormWarning (UserWarning)
+    ├── BackendWarning                      kernels that were tried on a device, and are not used
     ├── ConversionWarning                   a layer is turned into one that computes something else
     ├── RejectedBatchWarning                a batch whose statistics were kept out of the running ones
     └── StaleStatisticsWarning              averaged weights beside running statistics that were left behind
@@ -26,6 +28,8 @@ kind that a caller would have caught before, so `except ValueError` around a lay
 
 __all__ = [
     "ArgumentError",
+    "BackendError",
+    "BackendWarning",
     "ConversionWarning",
     "DataError",
     "DeviceError",
@@ -86,6 +90,10 @@ class ModelError(SteadynormError, ValueError):
     """A model, a model factory or a saved model cannot be used as asked."""
 
 
+class BackendError(SteadynormError, RuntimeError):
+    """A backend that was asked for by name computes wrongly on this device, or not at all."""
+
+
 class DistributedError(SteadynormError, RuntimeError):
     """A collective failed: a rank has gone, or the groups do not match."""
 
@@ -104,6 +112,10 @@ class MissingDependencyError(SteadynormError, ImportError):
 
 class SteadynormWarning(UserWarning):
     """The root of this package's warnings."""
+
+
+class BackendWarning(SteadynormWarning):
+    """Kernels failed their trial on a device: torch's own operations compute there, more slowly."""
 
 
 class ConversionWarning(SteadynormWarning):

@@ -5,11 +5,8 @@ A backend is a module with the functions of `reference` that take no part in any
 bits each time.
 """
 
-import logging
-import os
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Protocol
@@ -19,8 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from steadynorm.errors import ArgumentError, MissingDependencyError
 from steadynorm.ops import reference
+from steadynorm.ops.accelerator import GPUS, has_kernels, kernels
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
 
@@ -29,13 +26,10 @@ __all__ = [
     "backend_for",
     "committing",
     "cpu_committing",
-    "gpu_kernels",
-    "into_a_graph",
     "may_have_kernels",
     "only_reference",
     "readable",
     "reference_only",
-    "writing_a_graph",
 ]
 
 
@@ -63,10 +57,7 @@ class Backend(Protocol):
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})  # a subclass, or a fake, may have no memory to read
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _STANDING_FOR_PLAIN = _PLAIN | {FakeTensor, FunctionalTensor}
-_GPUS = frozenset({"cuda", "xpu"})
 _only_reference = False
-_into_a_graph: ContextVar[bool] = ContextVar("_into_a_graph", default=False)
-_log = logging.getLogger(__name__)
 
 
 @cache
@@ -76,60 +67,15 @@ def _cpu() -> Backend:
     return backend
 
 
-@cache
-def _gpu() -> Backend:
-    """What computes on a GPU: torch's own operations, or, where STEADYNORM_GPU asks for them, kernels in Triton.
-
-    Raises:
-        ArgumentError: The variable asks for something else.
-        MissingDependencyError: It asks for Triton, which is not installed.
-    """
-    asked = os.environ.get("STEADYNORM_GPU", "reference")
-    if asked == "reference":  # until the kernels have run on a GPU
-        _log.debug("Tensors on a GPU are computed by torch's own operations; STEADYNORM_GPU=triton asks for kernels.")
-        return reference
-    if asked != "triton":
-        raise ArgumentError(f"STEADYNORM_GPU must be reference or triton, got {asked!r}.")
-    try:
-        from steadynorm.ops.gpu import backend
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"STEADYNORM_GPU=triton needs Triton, which cannot be imported ({error}). torch's build for GPUs "
-            "brings it: install that, or unset the variable."
-        ) from error
-    return backend
-
-
-def gpu_kernels(device: str) -> Backend | None:
-    """The backend of such a device where that is kernels for a GPU."""
-    found = _gpu() if device in _GPUS and not _only_reference else reference
-    return None if found is reference else found
-
-
 def committing(device: str) -> ModuleType | None:
     """A kind of device's way to commit by a kernel, or None where torch's operations do it."""
     if device == "cpu":
         return cpu_committing()
-    if gpu_kernels(device) is not None:
+    if kernels(device) is not None:
         from steadynorm.ops.gpu import committing
 
         return committing
     return None
-
-
-@contextmanager
-def into_a_graph() -> Generator[None]:
-    """Within this block the GPU's kernels are not run: a graph that is being traced holds each of them by itself."""
-    before = _into_a_graph.set(True)
-    try:
-        yield
-    finally:
-        _into_a_graph.reset(before)
-
-
-def writing_a_graph() -> bool:
-    """Whether an `into_a_graph` block is around."""
-    return _into_a_graph.get()
 
 
 @cache
@@ -145,7 +91,7 @@ def backend_for(operands: Operands) -> Backend:
     x, _, _, residual, _, _ = operands
     if _only_reference or x.dtype not in _DTYPES or not x.numel():
         return reference
-    if x.device.type != "cpu" and x.device.type not in _GPUS:
+    if x.device.type != "cpu" and x.device.type not in GPUS:
         return reference
     if residual is not None and residual.dtype not in _DTYPES:
         return reference
@@ -153,7 +99,7 @@ def backend_for(operands: Operands) -> Backend:
         return reference
     if not all(t is None or _is_memory(t) for t in operands):
         return reference
-    return _cpu() if x.device.type == "cpu" else _gpu()
+    return _cpu() if x.device.type == "cpu" else kernels(x.device.type) or reference
 
 
 def _is_memory(t: Tensor) -> bool:
@@ -173,7 +119,7 @@ def readable(gradient: Tensor) -> bool:
 def may_have_kernels(operands: Operands) -> bool:
     """Whether tensors such as these, of whatever size, are for kernels once they have memory: asked while tracing."""
     x = operands.x
-    if x.dtype not in _DTYPES or (x.device.type != "cpu" and gpu_kernels(x.device.type) is None):
+    if x.dtype not in _DTYPES or (x.device.type != "cpu" and not has_kernels(x.device.type)):
         return False
     return all(t is None or (type(t) in _STANDING_FOR_PLAIN and t.layout is torch.strided) for t in operands)
 

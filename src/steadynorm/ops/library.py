@@ -21,13 +21,11 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 from steadynorm.activations import Activation
 from steadynorm.ops import reference
+from steadynorm.ops.accelerator import into_a_graph, kernels, writing_a_graph
 from steadynorm.ops.backends import (
     Backend,
     backend_for,
-    gpu_kernels,
-    into_a_graph,
     may_have_kernels,
-    writing_a_graph,
 )
 from steadynorm.ops.layout import Layout, accumulator_dtype
 from steadynorm.ops.reference import Operands, Statistics, Train
@@ -81,8 +79,8 @@ def _read(x: Tensor, dim: int, eps: float, activation: str | None, parameters: l
 
 def _backend(operands: Operands) -> Backend:
     """What computes; while a graph is traced, kernels that it will hold."""
-    kernels = gpu_kernels(operands.x.device.type) if writing_a_graph() else None
-    return kernels or backend_for(operands)
+    found = kernels(operands.x.device.type) if writing_a_graph() else None
+    return found or backend_for(operands)
 
 
 def _measure(x: Tensor, position_weight: Tensor | None, dim: int) -> Tensor:
@@ -230,7 +228,7 @@ def _seen_through(op: Callable[..., Any]) -> Callable[..., Any]:
     def decompose(mode: Any, operator: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = [t for t in args if isinstance(t, Tensor)]
         left_open = any(isinstance(size, torch.SymInt) for t in tensors for size in t.shape)
-        if left_open or gpu_kernels(tensors[0].device.type) is None:
+        if left_open or kernels(tensors[0].device.type) is None:
             return mode.__torch_dispatch__(operator, types, args, kwargs)
         with mode, into_a_graph():
             return op(*args, **kwargs)

@@ -1,67 +1,110 @@
-"""Who computes for a tensor on a GPU."""
+"""Who computes for a tensor on a GPU. The CPU stands for one here, and a stand-in for the kernels."""
 
 import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import steadynorm as sn
-from steadynorm.errors import ArgumentError, MissingDependencyError
-from steadynorm.ops import backends, reference
-from support import assert_close
-from support_kernels import expected, make, randn
+from steadynorm.errors import ArgumentError, BackendError, BackendWarning, MissingDependencyError
+from steadynorm.ops import accelerator, backends, reference
+from steadynorm.ops.reference import Operands
 
 
 @pytest.fixture
-def chosen():
-    """Who computes on a GPU, looked up anew."""
-    backends._gpu.cache_clear()
-    yield backends._gpu
-    backends._gpu.cache_clear()
+def asked(monkeypatch):
+    """The CPU counts as a GPU; what is asked for by the environment, and what a trial of the kernels says."""
+    monkeypatch.setattr(accelerator, "GPUS", {"cpu"})
+    monkeypatch.setattr(accelerator, "_found", {})
+    tried = []
+
+    def ask(variable: str | None, failure: str | None = None, installed: bool = True) -> list[torch.device]:
+        monkeypatch.delenv(accelerator.NAME, raising=False)
+        if variable is not None:
+            monkeypatch.setenv(accelerator.NAME, variable)
+
+        def trial(device):
+            tried.append(device)
+            return failure
+
+        stand_in = SimpleNamespace(backend=KERNELS, trial=SimpleNamespace(failure=trial)) if installed else None
+        monkeypatch.setitem(sys.modules, "steadynorm.ops.gpu", stand_in)
+        return tried
+
+    return ask
 
 
-def test_torchs_own_operations_unless_asked_which_is_said_once(chosen, monkeypatch, caplog):
-    monkeypatch.delenv("STEADYNORM_GPU", raising=False)
-    with caplog.at_level(logging.DEBUG, logger="steadynorm.ops.backends"):
-        assert chosen() is reference
-        assert chosen() is reference
+KERNELS = SimpleNamespace(train="kernels")
+
+
+def test_kernels_compute_where_their_trial_goes_well_which_is_held_once(asked):
+    tried = asked(None)
+    assert accelerator.kernels("cpu") is KERNELS
+    assert accelerator.has_kernels("cpu")
+    assert tried == [torch.device("cpu")]
+
+
+def test_other_devices_have_none(asked):
+    asked("triton")
+    assert accelerator.kernels("meta") is None
+
+
+def test_torchs_operations_where_they_are_asked_for(asked):
+    tried = asked("reference")
+    assert accelerator.kernels("cpu") is None
+    assert tried == []
+
+
+def test_without_triton_it_is_said_once_at_debug_level(asked, caplog):
+    asked(None, installed=False)
+    with caplog.at_level(logging.DEBUG, logger="steadynorm.ops.accelerator"):
+        assert accelerator.kernels("cpu") is None
+        assert accelerator.kernels("cpu") is None
     assert [record.levelname for record in caplog.records] == ["DEBUG"]
-    assert "STEADYNORM_GPU=triton" in caplog.text
+    assert "Triton cannot be imported" in caplog.text
 
 
-def test_asked_for_and_missing_is_an_error(chosen, monkeypatch):
-    monkeypatch.setenv("STEADYNORM_GPU", "triton")
-    monkeypatch.setitem(sys.modules, "triton", None)
-    for name in [name for name in sys.modules if name.startswith("steadynorm.ops.gpu")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("steadynorm.ops.gpu", raising=False)
+def test_kernels_that_fail_are_not_used_which_is_a_warning(asked):
+    asked(None, failure="they are off by 3.0e-01 of a standard deviation")
+    with pytest.warns(BackendWarning, match=r"tried on cpu and are not used: they are off by 3\.0e-01"):
+        accelerator.kernels("cpu")
+    assert accelerator.kernels("cpu") is None  # and no second warning, which would be an error
+
+
+def test_asked_for_by_name_and_missing_is_an_error(asked):
+    asked("triton", installed=False)
     with pytest.raises(MissingDependencyError, match="Triton, which cannot be imported"):
-        chosen()
+        accelerator.kernels("cpu")
 
 
-def test_asked_for_something_else(chosen, monkeypatch):
-    monkeypatch.setenv("STEADYNORM_GPU", "cudnn")
-    with pytest.raises(ArgumentError, match="must be reference or triton, got 'cudnn'"):
-        chosen()
+def test_asked_for_by_name_and_failing_is_an_error(asked):
+    asked("triton", failure="RuntimeError: no compiler")
+    with pytest.raises(BackendError, match="the kernels fail on cpu: RuntimeError: no compiler"):
+        accelerator.kernels("cpu")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("shape", [(3, 4, 5, 7), (64, 2, 56, 56), (512, 70)])
-def test_a_layer_on_a_gpu(shape, chosen, monkeypatch):
-    """By the definition, and the running statistics with it."""
-    monkeypatch.setenv("STEADYNORM_GPU", "triton")
-    step = make(shape, residual=randn(*shape, seed=4).float())
-    layers = {2: sn.BatchNorm1d, 4: sn.BatchNorm2d}
-    layer = layers[len(shape)](shape[1], activation="relu").cuda()
-    with torch.no_grad():
-        layer.weight.copy_(step.gamma)
-        layer.bias.copy_(step.beta)
-    x = step.x.cuda().requires_grad_()
-    y = layer(x, residual=step.residual.cuda())
-    y.backward(step.grad_y.cuda())
-    right = expected(step)
-    assert_close(y, right.y, "output")
-    assert_close(x.grad, right.grad_x, "gradient")
-    assert_close(layer.running_mean, 0.1 * right.mean, "statistic")
+def test_asked_for_something_else(asked):
+    asked("cudnn")
+    with pytest.raises(ArgumentError, match="must be auto, reference or triton, got 'cudnn'"):
+        accelerator.kernels("cpu")
+
+
+def test_nothing_is_tried_or_decided_while_others_look_on(asked):
+    tried = asked(None)
+    with Watching():
+        assert accelerator.kernels("cpu") is None
+    assert torch.func.vmap(lambda x: x + (accelerator.kernels("cpu") is not None))(torch.zeros(2)).sum() == 0
+    assert tried == []
+    assert accelerator.kernels("cpu") is KERNELS
+
+
+class Watching(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_without_a_backend_has_the_reference():
+    x = torch.empty(4, 3, device="meta")
+    assert backends.backend_for(Operands(x)) is reference
+    assert backends.committing("meta") is None

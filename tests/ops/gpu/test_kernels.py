@@ -26,7 +26,7 @@ def in_a_process(*command: str, **variables: str) -> None:
 
 
 def test_all_kernels_in_the_interpreter():
-    table = str(HERE / "interpreted.py")
+    table = str(HERE / "table.py")
     in_a_process("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", table, TRITON_INTERPRET="1")
 
 

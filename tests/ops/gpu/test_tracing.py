@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from steadynorm.activations import Activation
-from steadynorm.ops import backends, library
+from steadynorm.ops import accelerator, library
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Operands, Train
 
@@ -25,11 +25,10 @@ def kernels(monkeypatch):
 
     nvidia = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
     monkeypatch.setattr(driver, "_active", nvidia)
-    monkeypatch.setenv("STEADYNORM_GPU", "triton")
-    monkeypatch.setattr(backends, "_GPUS", {"cpu"})
-    backends._gpu.cache_clear()
-    yield
-    backends._gpu.cache_clear()
+    from steadynorm.ops.gpu import backend
+
+    monkeypatch.setattr(accelerator, "GPUS", {"cpu"})
+    monkeypatch.setattr(accelerator, "_found", {"cpu": backend})
 
 
 def step(x, gamma, beta, grad_y):

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from steadynorm.ops import reference
-from steadynorm.ops.backends import readable, writing_a_graph
+from steadynorm.ops.accelerator import writing_a_graph
+from steadynorm.ops.backends import readable
 from steadynorm.ops.gpu import gathering, resident, split
 from steadynorm.ops.gpu.blocks import Blocks, cut
 from steadynorm.ops.gpu.launching import launch, on_its_device, two_parts

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from steadynorm.ops.backends import writing_a_graph
+from steadynorm.ops.accelerator import writing_a_graph
 
 __all__ = ["launch", "on_its_device", "two_parts"]
 
@@ -21,7 +21,7 @@ def two_parts(number: float) -> tuple[float, float]:
 
 
 def launch(kernel: Any, programs: int, *arguments: object, **constants: object) -> None:
-    """Runs a kernel; within `backends.into_a_graph`, the graph that is being traced holds it instead.
+    """Runs a kernel; within `accelerator.into_a_graph`, the graph that is being traced holds it instead.
 
     Args:
         kernel: Of Triton.

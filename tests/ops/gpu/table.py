@@ -1,5 +1,9 @@
-"""What `test_kernels` runs in a process where TRITON_INTERPRET=1."""
+"""The kernels against the definition, case by case.
 
+`test_kernels` runs this table in a process of its own where TRITON_INTERPRET=1, on the CPU; `test_on_gpu` on a GPU.
+"""
+
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -9,12 +13,15 @@ import torch
 from torch import Tensor
 
 from steadynorm.activations import NAMES
+from steadynorm.functional import batch_norm
+from steadynorm.ops import accelerator, backends
 from steadynorm.ops.commit import Running, updated
-from steadynorm.ops.gpu import backend, blocks, committing
+from steadynorm.ops.gpu import backend, blocks, committing, trial
 from steadynorm.ops.reference import Gradients, Statistics
-from support import assert_close, laid_out
+from support import ACTIVATIONS, assert_close, laid_out, normalized, stats, wide
 from support_kernels import Step, expected, make, randn
 
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 _empty_like, _new_empty = torch.empty_like, Tensor.new_empty
 
 
@@ -27,8 +34,20 @@ def nan_new(x, size, **options):
     return memory.fill_(float("nan")) if memory.is_floating_point() else memory
 
 
+def placed(t: Tensor) -> Tensor:
+    """On the device, behind the same strides."""
+    memory = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(DEVICE)
+    return memory.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def there(step: Step) -> Step:
+    """All its tensors on the device."""
+    return Step(*(placed(t) if isinstance(t, Tensor) else t for t in step))
+
+
 def run(step: Step) -> tuple[Tensor, Statistics, Gradients]:
     """A step on the kernels, into memory full of NaN: what they leave out shows."""
+    step = there(step)
     operands, spec = step.arguments()
     with patch.object(torch, "empty_like", nan_like), patch.object(Tensor, "new_empty", nan_new):
         y, statistics = backend.train(operands, spec)
@@ -154,7 +173,7 @@ def one_outlier(x):
 @pytest.mark.parametrize("data", [sorted_images, one_outlier, lambda x: x * 1e30])
 def test_data_that_sums_in_float32_are_bad_at(data, shape):
     x = data(randn(*shape)).float()
-    operands, spec = Step(x).arguments()
+    operands, spec = there(Step(x)).arguments()
     with split_over_two():
         y, statistics = backend.train(operands, spec)
     right = expected(Step(x))
@@ -199,7 +218,7 @@ def test_what_is_not_finite_stays_in_its_channel(value):
 
 
 def test_measure_and_normalize_apart_are_train():
-    operands, spec = make((4, 3, 6)).arguments()
+    operands, spec = there(make((4, 3, 6))).arguments()
     with patch.object(blocks, "_RESIDENT", 0):
         y, statistics = backend.train(operands, spec)
     measured = backend.measure(operands.x, None, spec.layout)
@@ -209,8 +228,9 @@ def test_measure_and_normalize_apart_are_train():
 
 def test_constant_statistics_pull_at_nothing():
     step = make((4, 3, 6), activation=None)
+    step = there(step)
     operands, spec = step.arguments()
-    given = Statistics(torch.ones(3), torch.zeros(3), torch.full((3,), 4.0))
+    given = Statistics(*map(placed, (torch.ones(3), torch.zeros(3), torch.full((3,), 4.0))))
     found = backend.backward(step.grad_y, None, None, operands, given, spec._replace(constant=True))
     slope = step.gamma.double() / (4 + spec.eps) ** 0.5
     assert_close(found.x, step.grad_y.double() * slope[:, None], "gradient")
@@ -219,13 +239,68 @@ def test_constant_statistics_pull_at_nothing():
 def test_other_ranks_pull_at_the_statistics_alone():
     """Twice the same batch: each rank's sums double, and so does the count; own gradients stay."""
     step = make((4, 3, 6))
-    operands, spec = step.arguments()
+    operands, spec = there(step).arguments()
     alone = backend.measure(operands.x, None, spec.layout)
     both = Statistics(alone.count * 2, alone.mean, alone.m2 * 2)
-    found = backend.backward(step.grad_y, None, None, operands, both, spec, lambda sums: sums * 2)
+    found = backend.backward(placed(step.grad_y), None, None, operands, both, spec, lambda sums: sums * 2)
     right = expected(step)
     assert_close(found.x, right.grad_x, "gradient")
     assert_close(found.bias / 5, right.grad_beta / 5, "gradient")
+
+
+@pytest.fixture
+def entrusted(monkeypatch):
+    """The kernels compute for `batch_norm` on the device."""
+    monkeypatch.setattr(accelerator, "_found", {DEVICE: backend})
+    if DEVICE == "cpu":
+        monkeypatch.setattr(backends, "_cpu", lambda: backend)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("shape", [(4, 3, 3), (5, 2)], ids=["planes", "columns"])
+def test_derivatives_of_first_and_second_order(entrusted, shape, activation):
+    """By central differences of the kernels' own output."""
+    mask = placed(torch.rand(shape[0], *shape[2:], generator=torch.Generator().manual_seed(2)) > 0.2)
+
+    def step(x, weight, bias, residual):
+        options = {"activation": activation, "residual": residual, "mask": mask}
+        return batch_norm(x, None, None, weight, bias, True, **options)
+
+    sizes = (shape, (shape[1],), (shape[1],), shape)
+    given = [placed(randn(*size, seed=i)).requires_grad_() for i, size in enumerate(sizes)]
+    assert torch.autograd.gradcheck(step, given)
+    assert torch.autograd.gradgradcheck(step, given)
+
+
+def test_running_statistics_and_evaluation(entrusted):
+    step = there(make((6, 3, 4, 4)))
+    mean, var = placed(torch.zeros(3)), placed(torch.ones(3))
+    batch_norm(step.x, mean, var, step.gamma, step.beta, True, 0.25)
+    right = stats(step.x)
+    assert_close(mean, 0.25 * right.mean, "statistic")
+    assert_close(var, 0.75 + 0.25 * right.unbiased, "statistic")
+    y = batch_norm(step.x, mean, var, step.gamma, step.beta, False, activation="relu")
+    affine = wide(step.gamma), wide(step.beta)
+    assert_close(y, normalized(step.x, wide(mean), wide(var), *affine, activation=ACTIVATIONS["relu"]), "output")
+
+
+@pytest.mark.parametrize("broken", [None, "gamma", "nothing is written", "an error"])
+def test_the_trial(broken):
+    """It finds what is wrong, and says so without an error of its own."""
+    wrong = {
+        None: lambda found, *_: found,
+        "gamma": lambda found, *_: found._replace(weight=found.weight * 1.01),
+        "nothing is written": lambda found, *_: found._replace(x=found.x * float("nan")),
+        "an error": lambda found, *_: 1 / 0,
+    }[broken]
+    right = backend.backward
+    with patch.object(backend, "backward", lambda *given: wrong(right(*given))):
+        said = trial.failure(torch.device(DEVICE))
+    assert (said is None) == (broken is None), said
+    if broken == "an error":
+        assert said == "ZeroDivisionError: division by zero"
+    elif broken:
+        assert "of a standard deviation" in said
 
 
 def batch(kind: str, channels: int) -> Statistics:
@@ -249,12 +324,14 @@ def batch(kind: str, channels: int) -> Statistics:
 )
 def test_commit(kind, momentum, channels):
     """Against the commit in torch's operations, which has tests of its own by the definition."""
-    statistics, weighted = batch(kind, channels), kind.endswith("weighted")
-    running = Running(randn(channels, seed=2).float(), 1 + randn(channels, seed=3).abs().float(), *torch.tensor([4, 2]))
+    statistics, weighted = Statistics(*map(placed, batch(kind, channels))), kind.endswith("weighted")
+    buffers = randn(channels, seed=2).float(), 1 + randn(channels, seed=3).abs().float(), *torch.tensor([4, 2])
+    running = Running(*map(placed, buffers))
+    versions = running.mean._version, running.var._version
     right, refused = updated(running, statistics, momentum, weighted=weighted)
     found = committing.commit(*running, torch.stack(statistics), momentum, weighted)
     assert bool(found) == bool(refused)
     assert_close(running.mean, right.mean, "statistic")
     assert_close(running.var, right.var, "statistic")
     assert running[2:] == right[2:]
-    assert (running.mean._version, running.var._version) == (1, 1)
+    assert (running.mean._version, running.var._version) == (versions[0] + 1, versions[1] + 1)
