@@ -18,7 +18,12 @@ __all__ = ["EPS", "Outcome", "Problem", "worst_error"]
 EPS = 1e-5
 CHUNK = 1 << 22  # values at a time: channels are independent, and float64 copies of everything would not fit
 # Half a unit in the last place of bfloat16 is 2^-9 of a value; sums over the batch are taken in float32 or better.
-TOLERANCE = {torch.float64: (1e-10, 1e-10), torch.float32: (2e-5, 2e-5), torch.bfloat16: (5e-3, 5e-4)}
+TOLERANCE = {
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (2e-5, 2e-5),
+    torch.float16: (1e-3, 1e-3),
+    torch.bfloat16: (5e-3, 5e-4),
+}
 
 
 @dataclass(frozen=True)

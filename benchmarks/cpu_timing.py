@@ -18,7 +18,7 @@ import torch
 
 from steadynorm.experiment.environment import describe
 
-__all__ = ["busy", "interleaved", "machine", "percentiles"]
+__all__ = ["busy", "commit_of_the_package", "interleaved", "machine", "percentiles"]
 
 SAMPLE_NS = 2e6  # a sample repeats a fast call for so long
 ROUNDS = (5, 50)
@@ -101,7 +101,7 @@ def machine() -> dict[str, Any]:
             **{package: _version(package) for package in ("torch", "numba", "numpy")},
         },
         "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
-        "commit": _commit(),
+        "commit": commit_of_the_package(),
         "date": datetime.now(UTC).date().isoformat(),
     }
 
@@ -123,7 +123,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def commit_of_the_package() -> str | None:
     """The commit that was measured, marked where files of the package differ from it."""
     here = Path(__file__).resolve().parent.parent
     try:
