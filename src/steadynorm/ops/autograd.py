@@ -245,12 +245,10 @@ def normalize_by_constants(operands: Operands, mean: Tensor, variance: Tensor, s
         or variance.requires_grad
         or (backend := backend_for(operands)) is reference
     ):
-        # (Not `torch.promote_types`, which an exported program would hold as an operation.)
-        dtype = torch.float64 if torch.float64 in (operands.x.dtype, mean.dtype) else torch.float32
-        return reference.normalize(operands, mean.to(dtype), variance.to(dtype), spec)
-    given = Statistics(torch.ones_like(mean, dtype=torch.float64), mean.double(), variance.double())
+        return reference.normalize_by_constants(mean, variance, operands, spec)
     if not torch.is_grad_enabled():
-        return backend.normalize_by(given, operands, spec)
+        return backend.normalize_by_constants(mean, variance, operands, spec)
+    given = Statistics(torch.ones_like(mean, dtype=torch.float64), mean.double(), variance.double())
     return BatchNormTrain.apply(given, spec._replace(constant=True), *operands)[0]  # pyright: ignore
 
 

@@ -1,8 +1,8 @@
 """Which backend computes: the kernels of the device that the tensors are on, or else the reference.
 
 A backend is a module with the functions of `reference` that take no part in any graph: `train`, `measure`,
-`normalize_by`, `backward`. It is chosen by what the tensors are, never by timing, so that the same call gives the same
-bits each time.
+`normalize_by`, `normalize_by_constants`, `backward`. It is chosen by what the tensors are, never by timing, so that the
+same call gives the same bits each time.
 """
 
 from collections.abc import Callable, Generator
@@ -41,6 +41,10 @@ class Backend(Protocol):
     def measure(self, x: Tensor, weight: Tensor | None, layout: Layout) -> Statistics: ...  # noqa: D102
 
     def normalize_by(self, statistics: Statistics, operands: Operands, spec: Train) -> Tensor: ...  # noqa: D102
+
+    def normalize_by_constants(  # noqa: D102
+        self, mean: Tensor, variance: Tensor, operands: Operands, spec: Train
+    ) -> Tensor: ...
 
     def backward(  # noqa: D102
         self,

@@ -31,6 +31,7 @@ __all__ = [
     "measure",
     "normalize",
     "normalize_by",
+    "normalize_by_constants",
     "reciprocal_count",
     "through_moments",
     "train",
@@ -173,6 +174,13 @@ def normalize_by(statistics: Statistics, operands: Operands, spec: Train) -> Ten
     """`normalize` by a batch's statistics, whose variance is the biased one."""
     biased = statistics.m2 * reciprocal_count(statistics, operands.position_weight, spec)
     return normalize(operands, statistics.mean, biased, spec)
+
+
+def normalize_by_constants(mean: Tensor, variance: Tensor, operands: Operands, spec: Train) -> Tensor:
+    """`normalize` by numbers that are no functions of x: in float64 where they or x are of that, else in float32."""
+    # (Not `torch.promote_types`, which an exported program would hold as an operation.)
+    dtype = torch.float64 if torch.float64 in (operands.x.dtype, mean.dtype) else torch.float32
+    return normalize(operands, mean.to(dtype), variance.to(dtype), spec)
 
 
 def train(operands: Operands, spec: Train) -> tuple[Tensor, Statistics]:

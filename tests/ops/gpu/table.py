@@ -195,8 +195,11 @@ def test_eps_in_full():
 
 
 def test_offsets_of_64_bits():
-    with patch.object(blocks, "_FAR", 0):
-        check(make((4, 3, 5, 5)))
+    for shape in ((4, 3, 5, 6), (9, 6)):
+        blocks.blocks_of.cache_clear()
+        with patch.object(blocks, "_FAR", 0):
+            check(make(shape))
+        blocks.blocks_of.cache_clear()
 
 
 def test_a_constant_channel():
@@ -279,9 +282,12 @@ def test_running_statistics_and_evaluation(entrusted):
     right = stats(step.x)
     assert_close(mean, 0.25 * right.mean, "statistic")
     assert_close(var, 0.75 + 0.25 * right.unbiased, "statistic")
-    y = batch_norm(step.x, mean, var, step.gamma, step.beta, False, activation="relu")
     affine = wide(step.gamma), wide(step.beta)
-    assert_close(y, normalized(step.x, wide(mean), wide(var), *affine, activation=ACTIVATIONS["relu"]), "output")
+    right = normalized(step.x, wide(mean), wide(var), *affine, activation=ACTIVATIONS["relu"])
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            y = batch_norm(step.x, mean, var, step.gamma, step.beta, False, activation="relu")
+        assert_close(y, right, "output")
 
 
 @pytest.mark.parametrize("broken", [None, "gamma", "nothing is written", "an error"])

@@ -40,10 +40,10 @@ def test_every_value_is_read_once(rows, adjacent, channels, itemsize):
     programs, size = found.gathering
     assert size["PARTS"] >= found.parts
     assert programs * size["BLOCK_C"] >= channels
-    whole = found.resident()
+    whole = found.resident
     if whole is not None:
         assert whole.tiles == 1
-        assert (times_read(whole._replace()) == 1).all()
+        assert (times_read(whole) == 1).all()
         assert whole.block_p * whole.block_c * whole.wide <= 32768
 
 
@@ -53,7 +53,7 @@ def test_every_value_is_read_once(rows, adjacent, channels, itemsize):
 )
 def test_what_stays_on_chip(shape, resident):
     x = torch.empty(shape)
-    assert (cut(x, Layout.of(x))[1].resident() is not None) == resident
+    assert (cut(x, Layout.of(x))[1].resident is not None) == resident
 
 
 def test_few_lanes_are_idle_in_the_planes_of_common_networks():

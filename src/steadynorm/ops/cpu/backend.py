@@ -20,6 +20,7 @@ from steadynorm.ops.cpu.memory import PHASES, THREADS
 from steadynorm.ops.cpu.pages import empty_like
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
+from steadynorm.ops.tables import as_table
 
 __all__ = [
     "backward",
@@ -247,7 +248,13 @@ def train(operands: Operands, spec: Train) -> tuple[Tensor, Statistics]:
 
 def normalize_by(statistics: Statistics, operands: Operands, spec: Train) -> Tensor:
     """As `reference.normalize_by`."""
-    return _Step(operands, spec).normalize(torch.stack(statistics).double())
+    return _Step(operands, spec).normalize(as_table(statistics))
+
+
+def normalize_by_constants(mean: Tensor, variance: Tensor, operands: Operands, spec: Train) -> Tensor:
+    """As `reference.normalize_by_constants`."""
+    table = torch.stack([torch.ones_like(mean), mean, variance]).double()
+    return _Step(operands, spec).normalize(table)
 
 
 def backward(
@@ -264,7 +271,7 @@ def backward(
         return reference.backward(grad_y, grad_mean, grad_m2, operands, statistics, spec, over_ranks)
     step = _Step(operands, spec)
     read, call, channels = step.plan.geometry, step.call, spec.layout.channels
-    table = torch.stack(statistics)
+    table = as_table(statistics)
     grad_y = like(grad_y.to(step.x.dtype), step.x)
     grad_x = empty_like(step.x)
     sums = torch.empty((2, channels), dtype=torch.float64, device="cpu")

@@ -23,9 +23,8 @@ from steadynorm.ops.gpu.blocks import Blocks, cut
 from steadynorm.ops.gpu.launching import launch, on_its_device, two_parts
 from steadynorm.ops.layout import Layout
 from steadynorm.ops.reference import Gradients, Operands, Statistics, Train
-from steadynorm.ops.tables import as_table
 
-__all__ = ["backward", "measure", "normalize_by", "train"]
+__all__ = ["backward", "measure", "normalize_by", "normalize_by_constants", "train"]
 
 
 def _like(t: Tensor, x: Tensor) -> Tensor:
@@ -49,7 +48,7 @@ class _Step:
         layout, given = spec.layout, operands.x.detach()
         self.given, self.spec, self.operands = given, spec, operands
         self.x, self.blocks = cut(given, layout)
-        self.whole = self.blocks.resident()
+        self.whole = self.blocks.resident
         residual = operands.residual
         self.residual = None if residual is None else _like(residual.detach(), self.x)
         self.gamma, self.beta = (None if t is None else t.detach().contiguous() for t in (operands[1], operands[2]))
@@ -84,34 +83,34 @@ class _Step:
         """`t` behind the strides that an elementwise function of the given x has."""
         return t if self.x is self.given else torch.empty_like(self.given, dtype=t.dtype).copy_(t)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        """y, and the statistics, (3, C)."""
+    def forward(self) -> tuple[Tensor, Statistics]:
+        """y, and the statistics."""
         cut = self.whole
         if cut is None:
-            table = self.measure()
-            return self.normalize(table), table
+            found = self.measure()
+            return self.normalize(*found), found
         table, y = self.new(3, cut.channels), torch.empty_like(self.x)
         operands = (self.x, self.residual, self.gamma, self.beta, self.weight, self.valid, table, y)
         launch(resident.forward, cut.across, *operands, *cut.sizes, *self.eps, **self.fused(cut))
-        return self.returned(y), table
+        return self.returned(y), Statistics(*table.unbind())
 
-    def measure(self) -> Tensor:
-        """The statistics, (3, C)."""
+    def measure(self) -> Statistics:
+        """The statistics."""
         cut = self.blocks
         partial = self.new(cut.parts, 3, cut.channels)
         operands = (self.x, self.weight, partial)
         launch(split.measure, cut.splitting, *operands, *cut.sizes, cut.steps, **self.options(cut))
         if cut.parts == 1:
-            return partial[0]
+            return Statistics(*partial[0].unbind())
         table = self.new(3, cut.channels)
         programs, size = cut.gathering
         launch(gathering.statistics, programs, partial, table, cut.channels, cut.parts, **size)
-        return table
+        return Statistics(*table.unbind())
 
-    def normalize(self, table: Tensor) -> Tensor:
-        """y by the statistics in `table`."""
+    def normalize(self, count: Tensor | None, mean: Tensor, m2: Tensor) -> Tensor:
+        """y by these statistics; m2 is the variance where there is no count."""
         cut, y = self.blocks, torch.empty_like(self.x)
-        operands = (self.x, self.residual, self.gamma, self.beta, self.valid, table, y)
+        operands = (self.x, self.residual, self.gamma, self.beta, self.valid, count, mean, m2, y)
         launch(split.normalize, cut.elementwise, *operands, *cut.sizes, cut.runs, *self.eps, **self.fused(cut))
         return self.returned(y)
 
@@ -119,34 +118,34 @@ class _Step:
         """Memory for dL/dγ and dL/dβ, where they are there."""
         return [None if t is None else torch.empty_like(t) for t in (self.gamma, self.beta)]
 
-    def at_once(self, grad_y: Tensor, table: Tensor, cut: Blocks) -> Gradients:
+    def at_once(self, grad_y: Tensor, given: Statistics, cut: Blocks) -> Gradients:
         """All gradients, where all positions of a channel fit on chip."""
         grad_x, (grad_gamma, grad_beta) = torch.empty_like(self.x), self.for_affine()
         to_residual = None if self.residual is None else torch.empty_like(self.residual)
-        operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.weight, self.valid, table)
+        operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.weight, self.valid, *given)
         found = (grad_gamma, grad_beta, grad_x, to_residual)
         launch(resident.backward, cut.across, *operands, *found, *cut.sizes, *self.eps, **self.fused(cut))
         to_residual = None if to_residual is None else self.returned(to_residual)
         return Gradients(self.returned(grad_x), grad_gamma, grad_beta, to_residual)
 
-    def sums(self, grad_y: Tensor, table: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def sums(self, grad_y: Tensor, given: Statistics) -> tuple[Tensor, list[Tensor | None]]:
         """Σ g and Σ g z, (2, C), and dL/dγ and dL/dβ."""
         cut, affine = self.blocks, self.for_affine()
         partial, sums = self.new(cut.parts, 2, cut.channels), self.new(2, cut.channels)
-        operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.valid, table, partial)
+        operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.valid, *given, partial)
         launch(split.reduce, cut.splitting, *operands, *cut.sizes, cut.steps, *self.eps, **self.fused(cut))
         programs, size = cut.gathering
         launch(gathering.gradients, programs, partial, sums, *affine, cut.channels, cut.parts, **size)
         return sums, affine
 
     def gradients(
-        self, grad_y: Tensor, table: Tensor, sums: Tensor | None, moments: Tensor | None
+        self, grad_y: Tensor, given: Statistics, sums: Tensor | None, moments: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """dL/dx and dL/dresidual."""
         cut, grad_x = self.blocks, torch.empty_like(self.x)
         to_residual = None if self.residual is None else torch.empty_like(self.residual)
-        operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.weight, self.valid, table, sums, moments)
-        operands = (*operands, grad_x, to_residual)
+        operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.weight, self.valid, *given)
+        operands = (*operands, sums, moments, grad_x, to_residual)
         launch(split.gradient, cut.elementwise, *operands, *cut.sizes, cut.runs, *self.eps, **self.fused(cut))
         return self.returned(grad_x), None if to_residual is None else self.returned(to_residual)
 
@@ -154,20 +153,25 @@ class _Step:
 def measure(x: Tensor, weight: Tensor | None, layout: Layout) -> Statistics:
     """As `reference.measure`."""
     with on_its_device(x):
-        return Statistics(*_Step(Operands(x, position_weight=weight), Train(layout, 0.0, None)).measure().unbind())
+        return _Step(Operands(x, position_weight=weight), Train(layout, 0.0, None)).measure()
 
 
 def train(operands: Operands, spec: Train) -> tuple[Tensor, Statistics]:
     """As `reference.train`."""
     with on_its_device(operands.x):
-        y, table = _Step(operands, spec).forward()
-    return y, Statistics(*table.unbind())
+        return _Step(operands, spec).forward()
 
 
 def normalize_by(statistics: Statistics, operands: Operands, spec: Train) -> Tensor:
     """As `reference.normalize_by`."""
     with on_its_device(operands.x):
-        return _Step(operands, spec).normalize(as_table(statistics))
+        return _Step(operands, spec).normalize(*(t.contiguous() for t in statistics))
+
+
+def normalize_by_constants(mean: Tensor, variance: Tensor, operands: Operands, spec: Train) -> Tensor:
+    """As `reference.normalize_by_constants`: one launch, by the running statistics as they lie."""
+    with on_its_device(operands.x):
+        return _Step(operands, spec).normalize(None, mean.contiguous(), variance.contiguous())
 
 
 def backward(
@@ -195,19 +199,19 @@ def _backward(
     over_ranks: Callable[[Tensor], Tensor] | None,
 ) -> Gradients:
     step = _Step(operands, spec)
-    table, grad_y = as_table(statistics), _like(grad_y, step.x)
+    given, grad_y = Statistics(*(t.contiguous() for t in statistics)), _like(grad_y, step.x)
     by_moments = over_ranks is not None or any(t is not None for t in grad_moments)
     if step.whole is not None and not spec.constant and not by_moments:
-        return step.at_once(grad_y, table, step.whole)
+        return step.at_once(grad_y, given, step.whole)
     if spec.constant and step.gamma is None and step.beta is None and not by_moments:
         pulls, (grad_gamma, grad_beta) = None, (None, None)
     else:
-        pulls, (grad_gamma, grad_beta) = step.sums(grad_y, table)
+        pulls, (grad_gamma, grad_beta) = step.sums(grad_y, given)
     moments = None
     if by_moments and pulls is not None:
-        zero = torch.zeros_like(table[0])
+        zero = torch.zeros_like(given.mean, dtype=torch.float64)
         moments = torch.stack([zero if t is None else t.double() for t in grad_moments])
         if over_ranks is not None:
             pulls, moments = over_ranks(torch.cat([pulls, moments])).split(2)
-    grad_x, grad_residual = step.gradients(grad_y, table, None if spec.constant else pulls, moments)
+    grad_x, grad_residual = step.gradients(grad_y, given, None if spec.constant else pulls, moments)
     return Gradients(grad_x, grad_gamma, grad_beta, grad_residual)

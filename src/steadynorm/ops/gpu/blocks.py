@@ -4,9 +4,10 @@ So the same call gives the same bits each time, on every GPU. There are few size
 own that is compiled when it is first met; nothing is tuned by timing.
 """
 
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -37,7 +38,8 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     """N rows of C channels of S adjacent positions each, cut into tiles of `block_p` positions and `block_c` channels.
 
     Of a plane, a tile holds `block_s` adjacent positions of each row. Each value is computed with in `wide` bytes.
@@ -52,60 +54,60 @@ class Blocks(NamedTuple):
     block_c: int
     wide: int
 
-    @property
+    @cached_property
     def across(self) -> int:
         """Blocks of channels."""
         return _over(self.channels, self.block_c)
 
-    @property
+    @cached_property
     def per_row(self) -> int:
         """Tiles side by side in a row."""
         return _over(self.adjacent, self.block_s)
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         """Of a channel."""
         return self.per_row * _over(self.rows, self.block_p // self.block_s)
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Tiles that one program of a splitting kernel goes through."""
         parts = min(_over(_PROGRAMS, self.across), _MOST_PARTS, self.tiles)
         return _over(self.tiles, parts)
 
-    @property
+    @cached_property
     def parts(self) -> int:
         """Programs of such a kernel that share a channel."""
         return _over(self.tiles, self.steps)
 
-    @property
+    @cached_property
     def runs(self) -> int:
         """Tiles that one program of an elementwise kernel goes through: what it knows of its channels costs as much."""
         return max(1, min(_LONGEST_RUN, self.tiles * self.across // (2 * _PROGRAMS)))
 
-    @property
+    @cached_property
     def splitting(self) -> int:
         """Programs of a splitting kernel."""
         return self.parts * self.across
 
-    @property
+    @cached_property
     def elementwise(self) -> int:
         """Programs of an elementwise kernel."""
         return _over(self.tiles, self.runs) * self.across
 
-    @property
+    @cached_property
     def gathering(self) -> tuple[int, dict[str, int]]:
         """Programs of a kernel that gathers what the parts have found, and what it is compiled for: 4096 numbers."""
         most = next(n for n in _PARTS if n >= self.parts)
         block_c = 4096 // most
         return _over(self.channels, block_c), {"PARTS": most, "BLOCK_C": block_c, "num_warps": 8}
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, int, int, int]:
         """What every kernel over tiles is told: N, S, C and the tiles per row."""
         return self.rows, self.adjacent, self.channels, self.per_row
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, Any]:
         """What such a kernel is compiled for, besides the dtype."""
         side = self.channels if self.columns else self.adjacent
@@ -115,16 +117,17 @@ class Blocks(NamedTuple):
         warps = min(16, max(1, self.block_p * self.block_c * self.wide // (32 * _PER_THREAD)))
         return {"COLUMNS": self.columns, "UNIT": unit, "LONG": reach >= _FAR, **sizes, "num_warps": warps}
 
+    @cached_property
     def resident(self) -> "Blocks | None":
         """Cut so that one tile holds all positions of a channel, where a program can keep them; else None."""
         most = _RESIDENT // self.wide
         if self.columns:
             whole = max(16, _power_of_two(self.rows))
             block_c = min(self.block_c, max(1, most // (2 * whole)))
-            return self._replace(block_p=whole, block_c=block_c) if whole <= min(_LONGEST, most) else None
+            return replace(self, block_p=whole, block_c=block_c) if whole <= min(_LONGEST, most) else None
         block_s = _power_of_two(self.adjacent)
         whole = max(_SMALL_TILE, block_s * _power_of_two(self.rows))
-        return self._replace(block_p=whole, block_s=block_s) if whole <= most else None
+        return replace(self, block_p=whole, block_s=block_s) if whole <= most else None
 
 
 def cut(x: Tensor, layout: Layout) -> tuple[Tensor, Blocks]:
@@ -136,7 +139,7 @@ def cut(x: Tensor, layout: Layout) -> tuple[Tensor, Blocks]:
     return x, blocks_of(layout.count, 1 if columns else adjacent, layout.channels, x.element_size())
 
 
-@cache
+@lru_cache(maxsize=4096)
 def blocks_of(count: int, adjacent: int, channels: int, itemsize: int) -> Blocks:
     """The blocks of a tensor of `count` positions, so many of them adjacent, with values of so many bytes."""
     tile, wide = _TILE_BYTES // max(2, itemsize), max(4, itemsize)

@@ -28,7 +28,14 @@ def _commit(
     """One program. mean_ptr, var_ptr (C,); tracked_ptr, rejected_ptr one int64 each or None; table_ptr (3, C) float64.
 
     refused_ptr is one uint8: whether the batch was rejected. A first pass judges all channels, a second one writes.
+    The counters are read before the sums of the first pass, at which all warps meet: none reads what another wrote.
     """
+    tracked = tl.full((), 0, tl.int64)
+    rejected = tl.full((), 0, tl.int64)
+    if tracked_ptr is not None:
+        tracked += tl.load(tracked_ptr)
+    if rejected_ptr is not None:
+        rejected += tl.load(rejected_ptr)
     small = 0
     some = 0
     not_finite = 0
@@ -48,7 +55,7 @@ def _commit(
     if WEIGHTED:
         refused = refused | ((small != 0) & (some != 0))
     if CUMULATIVE:
-        share = tl.full((1,), 1.0, tl.float64) / (tl.load(tracked_ptr) + 1)
+        share = tl.full((1,), 1.0, tl.float64) / (tracked + 1)
     else:
         share = tl.full((1,), momentum, tl.float64) + tl.full((1,), momentum_low, tl.float64)
     for start in range(0, C, BLOCK):
@@ -65,9 +72,9 @@ def _commit(
         tl.store(mean_ptr + c, new_mean.to(mean_ptr.dtype.element_ty), mask=write)
         tl.store(var_ptr + c, new_var.to(var_ptr.dtype.element_ty), mask=write)
     if tracked_ptr is not None:
-        tl.store(tracked_ptr, tl.load(tracked_ptr) + accepted.to(tl.int64))
+        tl.store(tracked_ptr, tracked + accepted.to(tl.int64))
     if rejected_ptr is not None:
-        tl.store(rejected_ptr, tl.load(rejected_ptr) + refused.to(tl.int64))
+        tl.store(rejected_ptr, rejected + refused.to(tl.int64))
     tl.store(refused_ptr, refused.to(tl.uint8))
 
 

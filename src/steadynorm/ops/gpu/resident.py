@@ -1,6 +1,6 @@
 """Kernels that keep all positions of a channel block on chip: x is read once, and what comes out is written once.
 
-One program per channel block, whose tile 0 holds all positions; pointers as in `split`.
+One program per channel block, whose tile 0 holds all positions; pointers as in `split`; table_ptr (3, C) float64.
 """
 
 # pyright: reportMissingImports=false
@@ -69,8 +69,9 @@ def forward(
 
 @triton.jit(do_not_specialize=_ANY)
 def backward(
-    x_ptr, grad_y_ptr, residual_ptr, gamma_ptr, beta_ptr, weight_ptr, valid_ptr, table_ptr,
-    grad_gamma_ptr, grad_beta_ptr, grad_x_ptr, grad_residual_ptr, N, S, C, per_row, eps, eps_low,
+    x_ptr, grad_y_ptr, residual_ptr, gamma_ptr, beta_ptr, weight_ptr, valid_ptr,
+    count_ptr, mean_ptr, m2_ptr, grad_gamma_ptr, grad_beta_ptr, grad_x_ptr, grad_residual_ptr,
+    N, S, C, per_row, eps, eps_low,
     a: tl.constexpr, b: tl.constexpr, NAME: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
     LONG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +84,7 @@ def backward(
     g = loaded(grad_y_ptr + base, lane, there, WIDE, True)
     w, some = weights_of(weight_ptr, p, inside, WIDE)
     c = c0 + tl.arange(0, BLOCK_C)
-    high, low, invstd, per_n = by_channel(table_ptr, c, C, eps, eps_low, WIDE)
+    high, low, invstd, per_n = by_channel(count_ptr, mean_ptr, m2_ptr, c, C, eps, eps_low, WIDE)
     gamma, beta = affine(gamma_ptr, beta_ptr, c, C, WIDE)
     z = tl.where(there, (x - high[None, :]) - low[None, :], 0.0)
     y = pre_activation(z, invstd * gamma, beta, residual_ptr, base, lane, there, WIDE, True)

@@ -2,7 +2,7 @@
 
 The grid has one axis: program = part * (number of channel blocks) + channel block. In every kernel x_ptr, residual_ptr,
 y_ptr, grad_*_ptr of x's size lie as `tiles` says; weight_ptr and valid_ptr are (P,), gamma_ptr and beta_ptr (C,),
-table_ptr (3, C) float64, partial_ptr (parts, 3 or 2, C) float64, sums_ptr (2, C) float64.
+count_ptr, mean_ptr and m2_ptr (C,) of any dtype, partial_ptr (parts, 3 or 2, C) float64, sums_ptr (2, C) float64.
 
 The kernels that read x a second time begin at its end: what was read last may still be in the cache.
 """
@@ -91,7 +91,8 @@ def measure(
 
 @triton.jit(do_not_specialize=_ANY)
 def normalize(
-    x_ptr, residual_ptr, gamma_ptr, beta_ptr, valid_ptr, table_ptr, y_ptr, N, S, C, per_row, steps, eps, eps_low,
+    x_ptr, residual_ptr, gamma_ptr, beta_ptr, valid_ptr, count_ptr, mean_ptr, m2_ptr, y_ptr,
+    N, S, C, per_row, steps, eps, eps_low,
     a: tl.constexpr, b: tl.constexpr, NAME: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
     LONG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +101,7 @@ def normalize(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     c0 = (program % blocks) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
-    high, low, invstd, _ = by_channel(table_ptr, c, C, eps, eps_low, WIDE)
+    high, low, invstd, _ = by_channel(count_ptr, mean_ptr, m2_ptr, c, C, eps, eps_low, WIDE)
     gamma, beta = affine(gamma_ptr, beta_ptr, c, C, WIDE)
     last = (program // blocks) * steps + steps - 1
     for step in tl.range(0, steps):
@@ -116,7 +117,8 @@ def normalize(
 
 @triton.jit(do_not_specialize=_ANY)
 def reduce(
-    x_ptr, grad_y_ptr, residual_ptr, gamma_ptr, beta_ptr, valid_ptr, table_ptr, partial_ptr,
+    x_ptr, grad_y_ptr, residual_ptr, gamma_ptr, beta_ptr, valid_ptr, count_ptr, mean_ptr, m2_ptr,
+    partial_ptr,
     N, S, C, per_row, steps, eps, eps_low,
     a: tl.constexpr, b: tl.constexpr, NAME: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
     LONG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
@@ -126,7 +128,7 @@ def reduce(
     part = tl.program_id(0) // blocks
     c0 = (tl.program_id(0) % blocks) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
-    high, low, invstd, _ = by_channel(table_ptr, c, C, eps, eps_low, WIDE)
+    high, low, invstd, _ = by_channel(count_ptr, mean_ptr, m2_ptr, c, C, eps, eps_low, WIDE)
     gamma, beta = affine(gamma_ptr, beta_ptr, c, C, WIDE)
     scale = invstd * gamma
     sum_g = tl.zeros((BLOCK_P, BLOCK_C), WIDE)
@@ -149,8 +151,8 @@ def reduce(
 
 @triton.jit(do_not_specialize=_ANY)
 def gradient(
-    x_ptr, grad_y_ptr, residual_ptr, gamma_ptr, beta_ptr, weight_ptr, valid_ptr, table_ptr, sums_ptr, moments_ptr,
-    grad_x_ptr, grad_residual_ptr, N, S, C, per_row, steps, eps, eps_low,
+    x_ptr, grad_y_ptr, residual_ptr, gamma_ptr, beta_ptr, weight_ptr, valid_ptr, count_ptr, mean_ptr, m2_ptr,
+    sums_ptr, moments_ptr, grad_x_ptr, grad_residual_ptr, N, S, C, per_row, steps, eps, eps_low,
     a: tl.constexpr, b: tl.constexpr, NAME: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
     LONG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +164,7 @@ def gradient(
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     c0 = (program % blocks) * BLOCK_C
     c = c0 + tl.arange(0, BLOCK_C)
-    high, low, invstd, per_n = by_channel(table_ptr, c, C, eps, eps_low, WIDE)
+    high, low, invstd, per_n = by_channel(count_ptr, mean_ptr, m2_ptr, c, C, eps, eps_low, WIDE)
     gamma, beta = affine(gamma_ptr, beta_ptr, c, C, WIDE)
     scale = invstd * gamma
     # dL/dx = scale g - w (level + slope (x - μ)), once all that is the same for a channel is put together.

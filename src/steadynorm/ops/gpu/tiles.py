@@ -51,6 +51,8 @@ def place(
         BLOCK_C), in 32 bits unless LONG; which of them are there; the number of each position, (BLOCK_P,), 64 bits.
     """
     i = tl.arange(0, BLOCK_P)
+    if LONG:
+        i = i.to(tl.int64)
     if COLUMNS:
         C = (C // UNIT) * UNIT  # what a compiler needs to be told
         c = tl.arange(0, BLOCK_C)
@@ -67,8 +69,6 @@ def place(
         s = i % BLOCK_S
         p = (row + r).to(tl.int64) * S + start + s
         base = (row.to(tl.int64) * C + c0) * S + start
-        if LONG:
-            r = r.to(tl.int64)
         lane = (r * (C * S) + s)[:, None]
         inside = ((row + r < N) & (start + s < S))[:, None]
     return base, lane, inside, p
@@ -155,17 +155,20 @@ def merged_sums(n, sum_1, sum_2, scale, shift):
 
 
 @triton.jit
-def by_channel(table_ptr, c, C, eps, eps_low, WIDE: tl.constexpr):
+def by_channel(count_ptr, mean_ptr, m2_ptr, c, C, eps, eps_low, WIDE: tl.constexpr):
     """μ in two parts that sum up to it, 1 / sqrt(σ² + ε) and 1 / n (0 for n = 0), each (BLOCK_C,).
 
-    `table_ptr` (3, C) float64: count, mean, m2.
+    Each pointer (C,), of any dtype; `count_ptr` None for 1, so that m2 is the variance.
     """
     there = c < C
-    n = tl.load(table_ptr + c, mask=there, other=0.0).to(WIDE)
-    mean = tl.load(table_ptr + C + c, mask=there, other=0.0)
-    m2 = tl.load(table_ptr + 2 * C + c, mask=there, other=0.0)
-    per_n = tl.where(n > 0, 1 / tl.where(n > 0, n, 1.0), 0.0)
-    invstd = invstd_of(m2 * per_n.to(tl.float64), eps, eps_low, WIDE)
+    mean = tl.load(mean_ptr + c, mask=there, other=0.0).to(tl.float64)
+    variance = tl.load(m2_ptr + c, mask=there, other=0.0).to(tl.float64)
+    per_n = tl.where(there, 1.0, 0.0).to(WIDE)
+    if count_ptr is not None:
+        n = tl.load(count_ptr + c, mask=there, other=0.0).to(WIDE)
+        per_n = tl.where(n > 0, 1 / tl.where(n > 0, n, 1.0), 0.0)
+        variance *= per_n.to(tl.float64)
+    invstd = invstd_of(variance, eps, eps_low, WIDE)
     high = mean.to(WIDE)
     return high, (mean - high.to(tl.float64)).to(WIDE), invstd, per_n
 
