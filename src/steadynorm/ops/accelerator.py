@@ -1,7 +1,8 @@
 """What computes on a GPU: kernels in Triton, once a trial on the device has found that they compute right there.
 
 The environment variable STEADYNORM_GPU decides otherwise: `reference` for torch's own operations, `triton` for the
-kernels or an error. Where Triton is not installed torch's operations compute, which is said once, at debug level.
+kernels or an error. Without Triton, and on other devices, torch's operations compute; that is said once, at debug
+level.
 """
 
 import logging
@@ -39,11 +40,9 @@ def kernels(device: str) -> "Backend | None":
         MissingDependencyError: It asks for Triton, which is not installed.
         BackendError: It asks for Triton, which fails on this device.
     """
-    if device not in GPUS:
-        return None
-    if device not in _found and not _may_try(device):
-        return None
     if device not in _found:
+        if device in GPUS and not _may_try(device):
+            return None
         _found[device] = _decided(device)
     return _found[device]
 
@@ -66,6 +65,9 @@ def _may_try(device: str) -> bool:
 
 
 def _decided(device: str) -> "Backend | None":
+    if device not in GPUS:
+        _log.debug("There are no kernels for %s: torch's own operations compute there.", device)
+        return None
     asked = os.environ.get(NAME, "auto")
     if asked not in ("auto", "reference", "triton"):
         raise ArgumentError(f"{NAME} must be auto, reference or triton, got {asked!r}.")

@@ -45,9 +45,16 @@ def test_kernels_compute_where_their_trial_goes_well_which_is_held_once(asked):
     assert tried == [torch.device("cpu")]
 
 
-def test_other_devices_have_none(asked):
-    asked("triton")
-    assert accelerator.kernels("meta") is None
+def test_other_devices_have_none_which_is_said_once_at_debug_level(asked, caplog):
+    tried = asked("triton")
+    x = torch.empty(4, 3, device="meta")
+    with caplog.at_level(logging.DEBUG, logger="steadynorm.ops.accelerator"):
+        assert backends.backend_for(Operands(x)) is reference
+        assert backends.committing("meta") is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "There are no kernels for meta: torch's own operations compute there."
+    ]
+    assert tried == []
 
 
 def test_torchs_operations_where_they_are_asked_for(asked):
@@ -104,7 +111,8 @@ class Watching(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_device_without_a_backend_has_the_reference():
-    x = torch.empty(4, 3, device="meta")
-    assert backends.backend_for(Operands(x)) is reference
-    assert backends.committing("meta") is None
+def test_a_compiler_takes_it_for_a_constant_and_may_be_the_first_to_ask(asked):
+    tried = asked(None)
+    step = torch.compile(lambda x: x + 1 if accelerator.has_kernels("cpu") else x - 1, backend="eager", fullgraph=True)
+    assert step(torch.zeros(2)).tolist() == [1, 1]
+    assert tried == [torch.device("cpu")]

@@ -69,7 +69,7 @@ def place(
         s = i % BLOCK_S
         p = (row + r).to(tl.int64) * S + start + s
         base = (row.to(tl.int64) * C + c0) * S + start
-        lane = (r * (C * S) + s)[:, None]
+        lane = (r * C * S + s)[:, None]
         inside = ((row + r < N) & (start + s < S))[:, None]
     return base, lane, inside, p
 
