@@ -11,7 +11,8 @@ from models import norm_shapes
 __all__ = ["BANDS", "PASSES", "VARIANTS", "Row", "band", "floor_transfers", "full_suite", "quantiles", "select"]
 
 MB = 1e6
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES = ("float32", "bfloat16")
 LAYOUTS = ("contiguous", "channels_last")
 VARIANTS = {"plain": "BN", "relu": "BN + ReLU", "add_relu": "BN + add + ReLU"}
 PASSES = {"forward": "forward", "both": "forward + backward"}
@@ -94,7 +95,7 @@ def full_suite() -> list[Row]:
     """All rows, by size: float32 BN + ReLU at every shape, what else there is at every fourth."""
     rows: list[Row] = []
     for i, (network, shape) in enumerate(shapes()):
-        kinds = list(itertools.product(ITEM_BYTES, LAYOUTS, VARIANTS))
+        kinds = list(itertools.product(DTYPES, LAYOUTS, VARIANTS))
         for k, (dtype, layout, variant) in enumerate(kinds):
             main = (dtype, variant) == ("float32", "relu")
             # The largest MLP is asked for in the plainest kind only: each further one would take a tenth of a run.

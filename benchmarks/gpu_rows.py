@@ -1,48 +1,16 @@
 """What `benchmarks/gpu.py` measures: inputs of the batch norms of real networks, and the bytes that they must move."""
 
 import math
-from dataclasses import dataclass
 
+from cpu_rows import LAYOUTS, U_NET, Row
 from models import norm_shapes
 
 __all__ = ["DTYPES", "LAYOUTS", "VARIANTS", "Row", "bytes_moved", "in_turns", "rows"]
 
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
-LAYOUTS = ("contiguous", "channels_last")
-VARIANTS = {"relu": "BN + ReLU", "add_relu": "BN + add + ReLU"}
+DTYPES = ("float32", "float16", "bfloat16")
+VARIANTS = ("relu", "add_relu")
 BATCHES = (32, 64, 128, 256)
-# A U-Net's five levels on images of 256 x 256 (Ronneberger et al. 2015, padded, with batch norm).
-U_NET = [(64 * 2**level, 256 // 2**level, 256 // 2**level) for level in range(5)]
 LARGEST = 4e9  # bytes of x in float32: with its gradients, a residual and a second set it must fit the card
-
-
-@dataclass(frozen=True)
-class Row:
-    """One input and what is done to it.
-
-    Attributes:
-        network: Where such an input comes from.
-        shape: (N, C, H, W).
-        dtype: A key of DTYPES; gamma, beta and the running statistics stay in float32.
-        layout: One of LAYOUTS.
-        variant: A key of VARIANTS.
-    """
-
-    network: str
-    shape: tuple[int, int, int, int]
-    dtype: str
-    layout: str
-    variant: str
-
-    @property
-    def name(self) -> str:
-        """As `--rows` matches it."""
-        return f"{self.network} {'x'.join(map(str, self.shape))} {self.dtype} {self.layout} {self.variant}"
-
-    @property
-    def x_bytes(self) -> int:
-        """The size of x, hence of every activation of the row."""
-        return math.prod(self.shape) * DTYPES[self.dtype]
 
 
 def bytes_moved(row: Row) -> dict[str, int]:
