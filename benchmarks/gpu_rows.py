@@ -17,10 +17,11 @@ def bytes_moved(row: Row) -> dict[str, int]:
     """What a batch norm that streams must read and write, of a training forward and of its backward.
 
     Forward: x for the statistics; x again (and the residual) to normalise; y. Backward: x and the gradient of y (and
-    the residual, which tells the mask) for the sums; the same again for the gradient of x (and the residual's).
+    the residual, which tells the mask) for the sums (and the residual's gradient is written); then x and what comes
+    through the activation, for the gradient of x.
     """
     added = row.variant == "add_relu"
-    return {"forward": (3 + added) * row.x_bytes, "backward": (5 + 3 * added) * row.x_bytes}
+    return {"forward": (3 + added) * row.x_bytes, "backward": (5 + 2 * added) * row.x_bytes}
 
 
 def rows() -> list[Row]:

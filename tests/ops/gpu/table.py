@@ -5,7 +5,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -113,6 +113,20 @@ def test_shapes(shape, layout):
 def test_dtypes(dtype, layout):
     step = make((4, 3, 5, 5), dtype, residual=randn(4, 3, 5, 5, seed=4).to(dtype), activation="silu")
     check(step._replace(x=laid_out(step.x, layout)))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 5), (30, 5)], ids=["planes", "columns"])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float64])
+def test_a_residual_of_another_dtype(narrow, shape):
+    """Its gradient has that dtype, and the others lose no digit by it."""
+    step = make(shape, activation="silu", residual=randn(*shape, seed=4).to(narrow))
+    for context in (nullcontext(), split_over_two()):
+        with context:
+            _, _, found = run(step)
+        right, limit = expected(step), torch.bfloat16 if narrow == torch.bfloat16 else torch.float32
+        assert found.residual.dtype == narrow
+        assert_close(found.residual, right.grad_residual, "gradient", limit)
+        assert_close(found.x, right.grad_x, "gradient")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

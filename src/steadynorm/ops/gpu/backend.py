@@ -7,6 +7,7 @@ No value is read by the host, so that a CUDA graph can hold all of it.
 # pyright: reportArgumentType=false, reportUnnecessaryComparison=false, reportAttributeAccessIssue=false
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
+import copy
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -128,26 +129,31 @@ class _Step:
         to_residual = None if to_residual is None else self.returned(to_residual)
         return Gradients(self.returned(grad_x), grad_gamma, grad_beta, to_residual)
 
-    def sums(self, grad_y: Tensor, given: Statistics) -> tuple[Tensor, list[Tensor | None]]:
-        """Σ g and Σ g z, (2, C), and dL/dγ and dL/dβ."""
+    def sums(self, grad_y: Tensor, given: Statistics, to_residual: Tensor | None) -> tuple[Tensor, list[Tensor | None]]:
+        """Σ g and Σ g z, (2, C), and dL/dγ and dL/dβ; writes dL/dresidual = g."""
         cut, affine = self.blocks, self.for_affine()
         partial, sums = self.new(cut.parts, 2, cut.channels), self.new(2, cut.channels)
-        operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.valid, *given, partial)
+        operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.valid, *given, partial, to_residual)
         launch(split.reduce, cut.splitting, *operands, *cut.sizes, cut.steps, *self.eps, **self.fused(cut))
         programs, size = cut.gathering
         launch(gathering.gradients, programs, partial, sums, *affine, cut.channels, cut.parts, **size)
         return sums, affine
 
-    def gradients(
-        self, grad_y: Tensor, given: Statistics, sums: Tensor | None, moments: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """dL/dx and dL/dresidual."""
+    def gradient(
+        self, g: Tensor, given: Statistics, sums: Tensor | None, moments: Tensor | None, to_residual: Tensor | None
+    ) -> Tensor:
+        """dL/dx from dL/dy; writes dL/dresidual. From the latter, of a step without its activation and residual."""
         cut, grad_x = self.blocks, torch.empty_like(self.x)
-        to_residual = None if self.residual is None else torch.empty_like(self.residual)
-        operands = (self.x, grad_y, self.residual, self.gamma, self.beta, self.weight, self.valid, *given)
+        operands = (self.x, g, self.residual, self.gamma, self.beta, self.weight, self.valid, *given)
         operands = (*operands, sums, moments, grad_x, to_residual)
         launch(split.gradient, cut.elementwise, *operands, *cut.sizes, cut.runs, *self.eps, **self.fused(cut))
-        return self.returned(grad_x), None if to_residual is None else self.returned(to_residual)
+        return self.returned(grad_x)
+
+    def plain(self) -> "_Step":
+        """The same step without its activation and residual."""
+        found = copy.copy(self)
+        found.spec, found.residual = self.spec._replace(activation=None), None
+        return found
 
 
 def measure(x: Tensor, weight: Tensor | None, layout: Layout) -> Statistics:
@@ -203,15 +209,20 @@ def _backward(
     by_moments = over_ranks is not None or any(t is not None for t in grad_moments)
     if step.whole is not None and not spec.constant and not by_moments:
         return step.at_once(grad_y, given, step.whole)
+    to_residual = None if step.residual is None else torch.empty_like(step.residual)
     if spec.constant and step.gamma is None and step.beta is None and not by_moments:
         pulls, (grad_gamma, grad_beta) = None, (None, None)
+    elif to_residual is not None and to_residual.dtype == step.x.dtype:  # in a narrower one it could not stand for g
+        pulls, (grad_gamma, grad_beta) = step.sums(grad_y, given, to_residual)
+        step, grad_y = step.plain(), to_residual
     else:
-        pulls, (grad_gamma, grad_beta) = step.sums(grad_y, given)
+        pulls, (grad_gamma, grad_beta) = step.sums(grad_y, given, None)
     moments = None
     if by_moments and pulls is not None:
         zero = torch.zeros_like(given.mean, dtype=torch.float64)
         moments = torch.stack([zero if t is None else t.double() for t in grad_moments])
         if over_ranks is not None:
             pulls, moments = over_ranks(torch.cat([pulls, moments])).split(2)
-    grad_x, grad_residual = step.gradients(grad_y, given, None if spec.constant else pulls, moments)
-    return Gradients(grad_x, grad_gamma, grad_beta, grad_residual)
+    written = to_residual if step.residual is not None else None
+    grad_x = step.gradient(grad_y, given, None if spec.constant else pulls, moments, written)
+    return Gradients(grad_x, grad_gamma, grad_beta, None if to_residual is None else step.returned(to_residual))

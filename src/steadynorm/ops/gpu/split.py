@@ -118,12 +118,14 @@ def normalize(
 @triton.jit(do_not_specialize=_ANY)
 def reduce(
     x_ptr, grad_y_ptr, residual_ptr, gamma_ptr, beta_ptr, valid_ptr, count_ptr, mean_ptr, m2_ptr,
-    partial_ptr,
-    N, S, C, per_row, steps, eps, eps_low,
+    partial_ptr, grad_residual_ptr, N, S, C, per_row, steps, eps, eps_low,
     a: tl.constexpr, b: tl.constexpr, NAME: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
     LONG: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes one part's Σ g and Σ g z to partial_ptr (parts, 2, C), with g = dL/dy f'(γ z + β + residual)."""
+    """Writes one part's Σ g and Σ g z to partial_ptr (parts, 2, C), with g = dL/dy f'(γ z + β + residual).
+
+    Where grad_residual_ptr is there, g is written to it, too: what comes next then needs neither f' nor the residual.
+    """
     blocks = tl.cdiv(C, BLOCK_C)
     part = tl.program_id(0) // blocks
     c0 = (tl.program_id(0) % blocks) * BLOCK_C
@@ -142,6 +144,8 @@ def reduce(
         centred = (x - high[None, :]) - low[None, :]
         y = pre_activation(centred, scale, beta, residual_ptr, base, lane, there, WIDE, False)
         g = g * slope_of(y, NAME, a, b)
+        if grad_residual_ptr is not None:
+            tl.store(grad_residual_ptr + base + lane, g.to(grad_residual_ptr.dtype.element_ty), mask=inside)
         sum_g += g
         sum_gx += g * centred
     out = partial_ptr + part.to(tl.int64) * 2 * C + c
