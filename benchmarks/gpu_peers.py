@@ -12,12 +12,6 @@ from gpu_rows import Row
 
 __all__ = ["contenders", "copy_of", "problems"]
 
-LABELS = {
-    "ours": "steadynorm",
-    "eager": "torch.nn",
-    "compiled": "torch.compile",
-    "tuned": "torch.compile, max-autotune",
-}
 MODES = {"compiled": None, "tuned": "max-autotune-no-cudagraphs"}
 
 
@@ -82,6 +76,7 @@ def _framework(norm: nn.Module) -> Callable[[Tensor, Tensor | None], Tensor]:
 
 def copy_of(row: Row, device: str) -> tuple[Callable[[], object], int]:
     """A copy on the device of as many bytes as x has, and how many it reads and writes together."""
-    source = torch.ones(-(-row.x_bytes // 4), dtype=torch.int32, device=device)
+    # Random bits: memory may move faster where all values are alike.
+    source = torch.randint(2**31 - 1, (-(-row.x_bytes // 4),), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source), 2 * source.nbytes

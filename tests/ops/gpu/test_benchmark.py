@@ -1,46 +1,76 @@
 """The GPU's benchmark says what it measures; without a GPU it measures nothing. A clock on the CPU stands in here."""
 
+import copy
 import json
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
 import gpu
+import gpu_measuring
 import gpu_peers
 import gpu_step
+from gpu_oracle import error_of, running_error
 from gpu_rows import BATCHES, DTYPES, LAYOUTS, VARIANTS, Row, bytes_moved, in_turns, rows
-from gpu_table import summary, verdicts
-from gpu_timing import in_rounds, quartiles
+from gpu_table import summary
 
-ROOT = Path(__file__).resolve().parents[3]
 ROW = Row("test", (4, 3, 6, 6), "float32", "channels_last", "add_relu")
+STEP = {"batch": 2, "side": 32, "rounds": 1, "depths": (1, 1, 1, 1)}
 
 
 class HostClock:
-    """Microseconds on the host."""
+    """Microseconds that no clock has measured: one more for each call, which is run all the same."""
 
     device = "cpu"
+    ahead_us = 0.0
+    late = 0
+    taken = 0.0
 
     def device_us(self, call):
-        begun = time.perf_counter_ns()
         call()
-        return max((time.perf_counter_ns() - begun) / 1e3, 0.1)
+        self.taken += 1
+        return self.taken
 
     host_us = device_us
 
+    def graphed(self, call):
+        return call
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_gpu_it_says_so():
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 2
-    assert "needs a CUDA device" in ran.stderr
-    assert "Nothing was measured" in ran.stderr
-    assert not ran.stdout
+    def settle(self):
+        self.late = 0
+
+
+@pytest.mark.parametrize(
+    ("device", "triton", "refusal", "said"),
+    [
+        (False, True, None, "needs a CUDA device"),
+        (True, False, None, "needs Triton"),
+        (True, True, "They fail.", "They fail."),
+    ],
+)
+def test_where_it_cannot_measure_it_says_so(monkeypatch, capsys, tmp_path, device, triton, refusal, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: triton or None)
+    monkeypatch.setattr(gpu, "refused", lambda: refusal)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert "Nothing was measured" in printed.err
+    assert not printed.out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", [["--rows", "("], ["--rows", "no such row"], ["--rounds", "0"], ["--minutes", "nan"]])
+def test_what_cannot_be_asked_for_is_refused(monkeypatch, capsys, given):
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *given])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err
 
 
 def test_the_rows_are_those_of_the_networks():
@@ -70,87 +100,188 @@ def test_every_beginning_is_spread():
     assert len({(row.dtype, row.layout, row.variant) for row in first}) == 12
 
 
-def test_contenders_take_turns_on_their_buffers():
-    called = []
-    calls = {who: [lambda who=who, i=i: called.append((who, i)) for i in range(2)] for who in "ab"}
-    found = in_rounds(lambda call: call() or 1.0, calls, 4)
-    assert found == {"a": [1.0] * 4, "b": [1.0] * 4}
-    assert set(called) == {("a", 0), ("a", 1), ("b", 0), ("b", 1)}
-    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == [2.0, 3.0, 4.0]
-    assert quartiles([7.0]) == [7.0] * 3
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_row(variant, layout):
     row = Row("test", (4, 3, 6, 6), "float32", layout, variant)
-    found = gpu.measure(row, HostClock(), False, 3)
-    assert found["errors"]["ours"] <= 1
-    assert set(found["times_us"]["both"]) == {"ours", "eager"}
+    found = gpu_measuring.measure(row, HostClock(), False, 3)
+    assert 0 < found["errors"]["ours"] <= 1
+    assert set(found["times_us"]) == {"forward", "backward", "both"}
+    assert all(set(found["times_us"][which]) == {"ours", "eager"} for which in found["times_us"])
+    assert set(found["graph_us"]) == {"ours", "eager"}
     assert found["copy_bytes"] == 2 * row.x_bytes
+    assert not found["skipped"]
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch):
+def planted(monkeypatch, who, change):
+    """A contender whose output is changed."""
     right = gpu_peers.contenders
 
     def wrong(given, compiled):
         found = right(given, compiled)
-        for peer in found["ours"]:
+        for peer in found[who]:
             layer = peer.layer
-            peer.layer = lambda x, r, layer=layer: layer(x, r) * 1.001
+            peer.layer = lambda x, r, layer=layer: change(layer(x, r))
         return found
 
-    monkeypatch.setattr(gpu, "contenders", wrong)
-    found = gpu.measure(ROW, HostClock(), False, 3)
-    assert "times as far from the truth" in found["wrong"]
+    monkeypatch.setattr(gpu_measuring, "contenders", wrong)
+    return gpu_measuring.measure(ROW, HostClock(), False, 3)
+
+
+def failing(y):
+    raise RuntimeError("no kernel\nand more of it")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda y: y * 1.001, "times as far from the truth as allowed"),
+        (lambda y: y * float("nan"), "no finite number"),
+        (failing, "RuntimeError: no kernel"),
+    ],
+)
+def test_what_is_wrong_is_not_timed(monkeypatch, change, reason):
+    found = planted(monkeypatch, "ours", change)
+    assert reason in found["wrong"]
     assert "times_us" not in found
+    json.dumps(found, allow_nan=False)
 
 
-def test_a_training_step_before_and_after_fuse():
-    found = gpu_step.measure_step(HostClock(), batch=4, side=32, rounds=2, depths=(1, 1, 1, 1))
-    assert found["fused"] == 1 + 3 * 4  # the stem; three in each block, the sum fused into the last
-    assert set(found["times_us"]) == {"before", "after"}
-    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in gpu_step.resnet50().modules()) == 53
+def test_a_peer_that_fails_is_left_out(monkeypatch):
+    found = planted(monkeypatch, "eager", failing)
+    assert found["skipped"] == {"eager": "RuntimeError: no kernel"}
+    assert set(found["times_us"]["both"]) == {"ours"}
+
+
+def test_too_little_memory_leaves_a_row_out(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(gpu_measuring, "contenders", full)
+    found = gpu_measuring.measure(ROW, HostClock(), False, 3)
+    assert "memory" in found["not_timed"]
+    assert ROW.name in summary({"machine": {"device": "a stand-in"}, "step": None, "rows": [found]})
+
+
+class Crooked(torch.autograd.Function):
+    """Passes on, and spoils the gradient."""
+
+    @staticmethod
+    def forward(ctx, t):
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.001
+
+
+@pytest.mark.parametrize("spoiled", ["x", "weight", "bias", "residual", "running_mean", "running_var", "counter"])
+def test_the_oracle_sees_each_quantity(spoiled):
+    given = gpu_peers.problems(ROW, "cpu", 2)
+    peer = gpu_peers.contenders(given, False)["eager"][0]
+    assert error_of(given[0], peer) <= 1
+    norm, layer = peer.norm, peer.layer
+    spoil = Crooked.apply
+
+    def crooked(x, r):
+        if spoiled in ("weight", "bias"):
+            parts = {"weight": norm.weight, "bias": norm.bias, spoiled: spoil(getattr(norm, spoiled))}
+            y = torch.nn.functional.batch_norm(x, norm.running_mean, norm.running_var, **parts, training=True)
+            norm.num_batches_tracked += 1
+            return torch.relu(y + r)
+        y = layer(spoil(x) if spoiled == "x" else x, spoil(r) if spoiled == "residual" else r)
+        if spoiled in ("running_mean", "running_var"):
+            getattr(norm, spoiled).data += 1e-3
+        if spoiled == "counter":
+            norm.num_batches_tracked.add_(1)
+        return y
+
+    peer.layer = crooked
+    assert error_of(given[0], peer) > 1
+
+
+def test_running_statistics_by_hand():
+    """Of 1, 2, 3, 6: the mean 3, the squares from it 4 + 1 + 0 + 9 = 14, over 3."""
+    x = torch.tensor([1.0, 2.0, 3.0, 6.0]).reshape(4, 1, 1, 1)
+    steps, mean = torch.tensor(1), torch.tensor([0.3])
+    assert running_error(x, mean, torch.tensor([0.9 + 1.4 / 3]), steps, 0.1) < 1
+    assert running_error(x, mean, torch.tensor([0.9 + 1.4 / 4]), steps, 0.1) > 1  # biased
+    assert running_error(x, mean * float("nan"), torch.tensor([0.9 + 1.4 / 3]), steps, 0.1) == float("inf")
+
+
+def test_the_network_is_resnet_50():
+    """53 batch norms, and the 25,557,032 parameters that torchvision counts."""
+    with torch.device("meta"):
+        model = gpu_step.resnet50()
+    assert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 53
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032
+
+
+def test_a_fused_network_that_computes_something_else_is_found():
+    def slightly(model):
+        changed = copy.deepcopy(model)
+        changed[0].weight.data *= 1 + 1e-5  # which the batch norm behind it undoes, but for eps
+        return changed
+
+    with pytest.raises(ArithmeticError, match="allowed are"):
+        gpu_step.exact_difference("cpu", (1, 1, 1, 1), slightly)
 
 
 def test_a_whole_run(tmp_path, monkeypatch):
     """Written row by row, and as a table with what was wanted beside what was found."""
     out = tmp_path / "gpu.json"
-    arguments = gpu.parsed(["--out", str(out), "--rounds", "2", "--compiled", "0"])
-    arguments.step_options = {"batch": 2, "side": 32, "rounds": 1, "depths": (1, 1, 1, 1)}
+    arguments = gpu.parsed(["--out", str(out), "--rounds", "2", "--no-compile"])
+    arguments.step_options = STEP
     content = gpu.run(arguments, [ROW], HostClock(), {"device": "a stand-in"})
-    assert json.loads(out.read_text())["rows"][0]["name"] == ROW.name
+    written = json.loads(out.read_text())
+    assert written["rows"][0]["name"] == ROW.name
+    assert [verdict["word"] for verdict in written["verdicts"][:3]] == ["", "", ""]  # no row of BN + ReLU, none large
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
     assert content["complete"]
+    assert content["step"]["fused"] == 1 + 3 * 4  # the stem; three in each block, the sum fused into the last
+    assert set(content["step"]["times_us"]) == {"before", "after"}
     shown = summary(content)
-    assert "a stand-in, 1 rows" in shown
-    assert "not measured" in shown  # there is no row over 64 MB
+    assert "a stand-in: 1 rows" in shown
+    assert "not measured" in shown
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    def step(clock):
+        return {"faster": 0.1}
 
-    monkeypatch.setattr(gpu, "measure", interrupted)
-    assert not gpu.run(arguments, [ROW], HostClock(), {"device": "a stand-in"})["complete"]
-    assert json.loads(out.read_text())["step"] is not None
+    monkeypatch.setattr(gpu, "measure_step", step)
+    arguments.step_options = {}
+    for failure, sign in ((KeyboardInterrupt(), "complete"), (RuntimeError("illegal access\nmore"), "failed")):
+
+        def ending(row, *_, failure=failure):
+            if row is not ROW:
+                raise failure
+            return {"name": "done", "wrong": "so it is"}
+
+        monkeypatch.setattr(gpu, "measure", ending)
+        gpu.run(arguments, [ROW, Row("test", (4, 3, 6, 6), "float32", "contiguous", "relu")], HostClock(), {})
+        ended = json.loads(out.read_text())
+        assert [row["name"] for row in ended["rows"]] == ["done"]
+        assert ended["step"] == {"faster": 0.1}
+        assert ended[sign] in (False, "RuntimeError: illegal access")
 
 
-def made_up(ours, eager, compiled, x_bytes):
-    times = {"ours": [0, ours, 0], "eager": [0, eager, 0], "compiled": [0, compiled, 0]}
-    return {
-        "name": "x", "variant": "relu", "dtype": "float32", "layout": "contiguous", "x_bytes": x_bytes,
-        "bytes_moved": {"forward": 3 * x_bytes, "backward": 5 * x_bytes}, "copy_bytes": 2 * x_bytes,
-        "copy_us": [0, 100.0, 0], "times_us": {"forward": times, "both": times}, "host_us": {"ours": [0, 9.0, 0]},
-    }  # fmt: skip
+def test_compilers_may_take_half_the_time(monkeypatch):
+    """A clock that a row moves on by a minute: of four minutes, two rows are compiled, and a fifth is the last."""
+    now = [0.0]
+    asked = []
+
+    def measure(row, clock, compiled, rounds):
+        now[0] += 60
+        asked.append(compiled)
+        return {"name": row.name, "wrong": ""}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    arguments = gpu.parsed(["--rows", ".", "--minutes", "4", "--no-step"])
+    assert not gpu.run(arguments, [ROW] * 9, HostClock(), {})["complete"]
+    assert asked == [True, True, False, False, False]
 
 
-def test_verdicts_by_hand():
-    """400 us for eight times x, where a copy takes 100 us for two: 100 %; 500 us: 80 %."""
-    content = {
-        "rows": [made_up(400.0, 800.0, 360.0, 100e6), made_up(500.0, 500.0, 500.0, 1e6)],
-        "step": {"faster": 0.05},
-    }
-    eager, compiled, bandwidth, step = verdicts(content)
-    assert eager[1:] == ("1.41 x", "MISSED")  # the root of 2 x 1
-    assert compiled[1:] == ("0.95 x", "MISSED")
-    assert bandwidth[1:] == ("100 %", "met")
-    assert step[1:] == ("5 %", "MISSED")
-    assert [verdict[1] for verdict in verdicts({"rows": [], "step": None})] == ["not measured"] * 4
+def test_a_part_of_the_rows_does_not_replace_the_results():
+    assert gpu.parsed([]).out == gpu.RESULTS
+    for part in (["--rows", "x"], ["--dtypes", "float16"], ["--layouts", "contiguous"], ["--step-only"], ["--no-step"]):
+        assert gpu.parsed(part).out is None
