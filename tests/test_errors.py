@@ -17,12 +17,13 @@ BUILT_IN = {
     "DeviceError": ValueError,
     "DataError": ValueError,
     "ModelError": ValueError,
+    "BackendError": RuntimeError,
     "DistributedError": RuntimeError,
     "RecomputationError": RuntimeError,
     "TransformError": RuntimeError,
     "MissingDependencyError": ImportError,
 }
-WARNINGS = {"ConversionWarning", "RejectedBatchWarning", "StaleStatisticsWarning"}
+WARNINGS = {"BackendWarning", "ConversionWarning", "RejectedBatchWarning", "StaleStatisticsWarning"}
 
 
 def test_every_error_is_ours_and_the_built_in_one():
