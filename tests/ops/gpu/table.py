@@ -135,7 +135,9 @@ def test_activations(name, dtype):
     check(make((4, 3, 5, 5), dtype, activation=name, residual=randn(4, 3, 5, 5, seed=4, std=3).to(dtype)))
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 6), (24, 5)], ids=["planes", "columns"])
+@pytest.mark.parametrize(
+    "shape", [(4, 3, 6), (3, 2, 300), (24, 5)], ids=["planes", "rows longer than a tile", "columns"]
+)
 @pytest.mark.parametrize("kind", ["weight", "mask", "both"])
 def test_weights_and_masks(kind, shape):
     """What is masked holds NaN, which reaches nothing."""
