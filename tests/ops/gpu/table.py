@@ -142,7 +142,7 @@ def test_activations(name, dtype):
 def test_weights_and_masks(kind, shape):
     """What is masked holds NaN, which reaches nothing."""
     positions = (shape[0], *shape[2:])
-    step = make(shape)
+    step = make(shape, activation="sigmoid")  # which is 0 nowhere, as a masked output is
     mask, weight = randn(*positions, seed=7) > -0.4, randn(*positions, seed=8).abs().float()
     if kind != "weight":
         x = torch.where(mask[:, None], step.x, float("nan"))

@@ -138,7 +138,7 @@ def positions_before(t, N, S, per_row, COLUMNS: tl.constexpr, BLOCK_P: tl.conste
         count = tl.minimum(t.to(tl.int64) * BLOCK_P, N)
     else:
         above = tl.minimum((t // per_row).to(tl.int64) * (BLOCK_P // BLOCK_S), N)
-        beside = tl.minimum(N - above, BLOCK_P // BLOCK_S) * tl.minimum((t % per_row) * BLOCK_S, S)
+        beside = tl.minimum(N - above, BLOCK_P // BLOCK_S) * (t % per_row) * BLOCK_S
         count = above * S + beside
     return count
 
