@@ -19,12 +19,11 @@ def statistics(partial_ptr, table_ptr, C, parts, PARTS: tl.constexpr, BLOCK_C: t
     there = (part < parts)[:, None] & (c < C)[None, :]
     at = partial_ptr + part[:, None] * (3 * C) + c[None, :]
     n = tl.load(at, mask=there, other=0.0)
-    counts = n > 0
-    mean = tl.where(counts, tl.load(at + C, mask=there, other=0.0), 0.0)
+    mean = tl.load(at + C, mask=there, other=0.0)  # 0 where nothing counts
     m2 = tl.load(at + 2 * C, mask=there, other=0.0)
     total = tl.sum(n, 0)
     centre = tl.sum(n * mean, 0) / tl.where(total > 0, total, 1.0)
-    apart = tl.where(counts, mean - centre[None, :], 0.0)
+    apart = mean - centre[None, :]
     tl.store(table_ptr + c, total, mask=c < C)
     tl.store(table_ptr + C + c, centre, mask=c < C)
     tl.store(table_ptr + 2 * C + c, tl.sum(m2 + n * apart * apart, 0), mask=c < C)

@@ -86,10 +86,10 @@ def backward(
     c = c0 + tl.arange(0, BLOCK_C)
     high, low, invstd, per_n = by_channel(count_ptr, mean_ptr, m2_ptr, c, C, eps, eps_low, WIDE)
     gamma, beta = affine(gamma_ptr, beta_ptr, c, C, WIDE)
-    z = tl.where(there, (x - high[None, :]) - low[None, :], 0.0)
-    y = pre_activation(z, invstd * gamma, beta, residual_ptr, base, lane, there, WIDE, True)
-    z = z * invstd[None, :]
-    g = tl.where(there, g * slope_of(y, NAME, a, b), 0.0)
+    centred = (x - high[None, :]) - low[None, :]
+    y = pre_activation(centred, invstd * gamma, beta, residual_ptr, base, lane, there, WIDE, True)
+    z = centred * invstd[None, :]
+    g = g * slope_of(y, NAME, a, b)  # 0 where nothing is, as in both sums
     sum_g = tl.sum(g, 0)
     sum_gz = tl.sum(g * z, 0)
     if grad_gamma_ptr is not None:
