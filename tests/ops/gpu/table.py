@@ -336,7 +336,7 @@ def batch(kind: str, channels: int) -> Statistics:
             m2[0] = 1e300
         case "too small" | "too small, weighted":
             count.fill_(1.0)
-        case "empty":
+        case "empty" | "empty, weighted":
             count.zero_()
     return Statistics(count, mean, m2)
 
@@ -344,7 +344,8 @@ def batch(kind: str, channels: int) -> Statistics:
 @pytest.mark.parametrize("channels", [3, 1030], ids=["one block", "two blocks"])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, None])
 @pytest.mark.parametrize(
-    "kind", ["usual", "not finite", "too large for the buffer", "too small", "too small, weighted", "empty"]
+    "kind",
+    ["usual", "not finite", "too large for the buffer", "too small", "too small, weighted", "empty", "empty, weighted"],
 )
 def test_commit(kind, momentum, channels):
     """Against the commit in torch's operations, which has tests of its own by the definition."""
